@@ -1,0 +1,1 @@
+"""A site whose requests record which event loops and threads their async code runs on."""

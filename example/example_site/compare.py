@@ -1,0 +1,169 @@
+"""Sends a request again, through the other handler, and puts both journeys side by side.
+
+"Other" than the one that serves the request: Django's own if that is wsgi-loop's, and the other way round. Everything
+shown is counted from what the steps have recorded.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import io
+import threading
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+from typing import Any
+
+from django.core.handlers.wsgi import WSGIHandler as DjangoHandler
+from django.http import HttpRequest
+
+import wsgi_loop
+
+from .journey import Journey, Step, find
+
+SENT_AGAIN = "example_site.sent_again"
+
+ROW = 30
+LANE = 16
+RADIUS = 8
+
+
+def is_sent_again(request: HttpRequest) -> bool:
+    return SENT_AGAIN in request.META
+
+
+def send_again(request: HttpRequest, own: Journey) -> Journey:
+    """Send the request through the other handler, on a thread of its own that stands for a server's."""
+    environ = {key: value for key, value in request.META.items() if isinstance(value, str) or key.startswith("wsgi.")}
+    environ |= {"wsgi.input": io.BytesIO(), SENT_AGAIN: True}
+    handler = make_handler(DjangoHandler if is_ours(own) else wsgi_loop.WSGIHandler)
+    # A context of its own too, or async_to_sync would find this request's loop in it.
+    thread = ServerThread(handler, environ)
+    contextvars.Context().run(thread.start)
+    thread.join()
+    journey = find(thread.headers["Journey-Id"])
+    assert journey is not None
+    return journey
+
+
+def is_ours(journey: Journey) -> bool:
+    return issubclass(journey.handler, wsgi_loop.WSGIHandler)
+
+
+@functools.cache
+def make_handler(handler: type) -> Any:
+    return handler()
+
+
+class ServerThread(threading.Thread):
+    """Serves one request as a WSGI server does: call, iterate, close."""
+
+    def __init__(self, application: Any, environ: dict[str, Any]) -> None:
+        super().__init__(name="example-server", daemon=True)
+        self.application = application
+        self.environ = environ
+        self.headers: dict[str, str] = {}
+
+    def run(self) -> None:
+        response = self.application(self.environ, self.start_response)
+        try:
+            for _ in response:
+                pass
+        finally:
+            response.close()
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+        self.headers = dict(headers)
+
+
+@dataclass
+class Row:
+    """A step as it is shown: its loop, thread and task numbered from 1 within the request."""
+
+    step: Step
+    loop: int
+    thread: int
+    task: int
+    x: int
+    y: int
+    hue: int
+
+
+@dataclass
+class Side:
+    """One request's half of the comparison."""
+
+    journey: Journey
+    title: str
+    ours: bool
+    rows: list[Row]
+
+    @property
+    def loops(self) -> int:
+        return len({row.loop for row in self.rows})
+
+    @property
+    def threads(self) -> int:
+        return len({row.thread for row in self.rows})
+
+    @property
+    def tasks(self) -> int:
+        return len({row.task for row in self.rows})
+
+    @property
+    def width(self) -> int:
+        return self.loops * LANE + RADIUS
+
+    @property
+    def height(self) -> int:
+        return len(self.rows) * ROW
+
+    @property
+    def way(self) -> list[str]:
+        """Curves from each step to the next, as SVG paths."""
+        return [
+            f"M{a.x} {a.y} C{a.x} {a.y + ROW * 0.6:g} {b.x} {b.y - ROW * 0.6:g} {b.x} {b.y}"
+            for a, b in pairwise(self.rows)
+        ]
+
+    @property
+    def lanes(self) -> list[tuple[int, int, int, int]]:
+        """For each loop: x, its first and its last step's y, its hue."""
+        lanes: dict[int, list[Row]] = {}
+        for row in self.rows:
+            lanes.setdefault(row.loop, []).append(row)
+        return [(rows[0].x, rows[0].y, rows[-1].y, rows[0].hue) for rows in lanes.values()]
+
+
+def pair(own: Journey, other: Journey) -> dict[str, Any]:
+    """Return the context of the comparison's template, Django's own handler first."""
+    stock, ours = sorted((own, other), key=is_ours)
+    sides = [make_side(stock, "Django's own handler"), make_side(ours, "wsgi-loop")]
+    return {
+        "own": own,
+        "other": other,
+        "sides": sides,
+        "table": list(zip_longest(*(side.rows for side in sides))),
+        "radius": RADIUS,
+    }
+
+
+def make_side(journey: Journey, title: str) -> Side:
+    loops: dict[int, int] = {}
+    threads: dict[int, int] = {}
+    tasks: dict[int, int] = {}
+    rows = []
+    for index, step in enumerate(journey.steps):
+        loop = loops.setdefault(step.loop, len(loops) + 1)
+        rows.append(
+            Row(
+                step,
+                loop,
+                threads.setdefault(step.thread, len(threads) + 1),
+                tasks.setdefault(step.task, len(tasks) + 1),
+                x=(loop - 1) * LANE + RADIUS + 4,
+                y=index * ROW + ROW // 2,
+                hue=(160 + (loop - 1) * 110) % 360,
+            )
+        )
+    return Side(journey, title, is_ours(journey), rows)

@@ -1,0 +1,57 @@
+"""Fixtures: a connected signal receiver, and the check that no test leaves a loop open."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.core.signals import request_finished, request_started
+from django.dispatch import Signal
+
+from .support import eventually
+
+Connect = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _requests_may_close_connections(django_db_blocker: Any) -> Iterator[None]:
+    """Each request closes old connections, before and after, which pytest-django would refuse."""
+    with django_db_blocker.unblock():
+        yield
+
+
+@pytest.fixture
+def receive() -> Iterator[Connect]:
+    """Connect receivers of request_started and request_finished until the end of the test."""
+    connected: list[tuple[Signal, Any]] = []
+
+    def connect(*, started: Any = None, finished: Any = None) -> None:
+        for signal, receiver in ((request_started, started), (request_finished, finished)):
+            if receiver is not None:
+                signal.connect(receiver, weak=False)
+                connected.append((signal, receiver))
+
+    yield connect
+    for signal, receiver in connected:
+        signal.disconnect(receiver)
+
+
+@pytest.fixture
+def loops() -> Iterator[list[asyncio.AbstractEventLoop]]:
+    """A list to put loops in. They have to be closed at the end of the test."""
+    seen: list[asyncio.AbstractEventLoop] = []
+    yield seen
+    eventually(lambda: all(loop.is_closed() for loop in seen))
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """The garbage collector is off: what is freed is freed by its reference count."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()

@@ -1,0 +1,119 @@
+"""Serve a number of sync requests and leave at once: what `test_instructions` counts the instructions of.
+
+python -m tests.instructions_app stock|wsgi-loop bare|default REQUESTS
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import sys
+from typing import Any
+from wsgiref.util import FileWrapper
+
+import django
+from django.conf import settings
+from django.core.handlers.wsgi import WSGIHandler as DjangoHandler
+from django.http import HttpRequest, HttpResponse
+from django.urls import path
+
+WARM_UP = 20
+
+#: What `startproject` writes into the settings.
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+APPS = ["django.contrib.auth", "django.contrib.contenttypes", "django.contrib.sessions", "django.contrib.messages"]
+
+BARE = {
+    "REQUEST_METHOD": "GET",
+    "PATH_INFO": "/",
+    "SCRIPT_NAME": "",
+    "SERVER_NAME": "testserver",
+    "SERVER_PORT": "80",
+    "SERVER_PROTOCOL": "HTTP/1.1",
+    "HTTP_HOST": "localhost",
+    "wsgi.version": (1, 0),
+    "wsgi.url_scheme": "http",
+    "wsgi.errors": sys.stderr,
+    "wsgi.multiprocess": False,
+    "wsgi.multithread": False,
+    "wsgi.run_once": False,
+}
+#: A browser's request, as gunicorn passes it on.
+BROWSER = BARE | {
+    "QUERY_STRING": "",
+    "RAW_URI": "/",
+    "REMOTE_ADDR": "127.0.0.1",
+    "REMOTE_PORT": "51234",
+    "SERVER_SOFTWARE": "gunicorn/23.0.0",
+    "wsgi.file_wrapper": FileWrapper,
+    "wsgi.input_terminated": True,
+    "HTTP_USER_AGENT": "Mozilla/5.0 (X11; Linux x86_64; rv:133.0) Gecko/20100101 Firefox/133.0",
+    "HTTP_ACCEPT": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    "HTTP_ACCEPT_LANGUAGE": "en-US,en;q=0.5",
+    "HTTP_ACCEPT_ENCODING": "gzip, deflate, br, zstd",
+    "HTTP_CONNECTION": "keep-alive",
+    "HTTP_COOKIE": "csrftoken=vQ9xJmY3n2kq8rT5wZ7bL1dF4gH6jKsA; sessionid=k3x9w2m8q7z5v1n4b6c0l2j8h5g3f7d9",
+    "HTTP_UPGRADE_INSECURE_REQUESTS": "1",
+    "HTTP_SEC_FETCH_DEST": "document",
+    "HTTP_SEC_FETCH_MODE": "navigate",
+    "HTTP_SEC_FETCH_SITE": "none",
+    "HTTP_SEC_FETCH_USER": "?1",
+}
+
+
+def plain(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("plain")
+
+
+urlpatterns = [path("", plain)]
+
+
+def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+    assert status == "200 OK", status
+
+
+def serve(handler: Any, environ: dict[str, Any], requests: int) -> None:
+    for _ in range(requests):
+        response = handler({**environ, "wsgi.input": io.BytesIO()}, start_response)
+        for _chunk in response:
+            pass
+        response.close()
+
+
+def main(which: str, workload: str, requests: int) -> None:
+    default = workload == "default"
+    settings.configure(
+        SECRET_KEY="not a secret",
+        ROOT_URLCONF=__name__,
+        ALLOWED_HOSTS=["*"],
+        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
+        LOGGING_CONFIG=None,
+        MIDDLEWARE=MIDDLEWARE if default else [],
+        INSTALLED_APPS=APPS if default else [],
+    )
+    django.setup()
+    # Both are imported by both, so that they differ in nothing but what serves.
+    from wsgi_loop import WSGIHandler
+
+    handler = DjangoHandler() if which == "stock" else WSGIHandler()
+    environ = BROWSER if default else BARE
+    serve(handler, environ, WARM_UP)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    serve(handler, environ, requests)
+    # What the interpreter does on its way out depends on what it has seen.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

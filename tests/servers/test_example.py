@@ -1,0 +1,256 @@
+"""The example site, served by real processes: one loop and one loop thread a request, from first to last step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROBES = ["/probe/", "/probe/sync/"]
+CLIENTS = 8
+PLACES = {"request_started", "middleware", "view", "nested", "template tag", "body", "request_finished"}
+MIDDLEWARES = {"journey_header, in", "server_timing, in", "server_timing, out", "journey_header, out"}
+
+GUNICORN = [sys.executable, "-m", "gunicorn", "--workers", "1", "--bind"]
+SYNC = ["--worker-class", "sync"]
+GTHREAD = ["--worker-class", "gthread", "--threads", str(CLIENTS)]
+OURS = "wsgi_loop.wsgi:application"
+STOCK = "django.core.wsgi:get_wsgi_application()"
+
+# Whatever proxy the environment names is not for this machine.
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass
+class Site:
+    """A running server of the example site."""
+
+    port: int
+    directory: Path
+
+    def get(self, path: str) -> tuple[Any, bytes]:
+        """Return the headers and the body of a 200 response. Raises OSError for any other."""
+        with opener.open(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return response.headers, response.read()
+
+    def probe(self, path: str) -> dict[str, Any]:
+        """Send a probe, and return all that was recorded of it once it was over."""
+        headers, body = self.get(path)
+        streamed = [json.loads(line) for line in body.splitlines()]
+        journey: dict[str, Any] = json.loads(self.get(f"/journey/{headers['Journey-Id']}/")[1])
+        assert journey["finished"]
+        told = {(step["what"], step["loop"], step["thread"], step["task"]) for step in streamed}
+        recorded = {(step["what"], step["loop"], step["thread"], step["task"]) for step in journey["steps"][:-1]}
+        assert told == recorded
+        return journey
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example site with its database."""
+    directory = tmp_path_factory.mktemp("site") / "example"
+    shutil.copytree(ROOT / "example", directory, ignore=shutil.ignore_patterns("*.sqlite3", "__pycache__"))
+    migrate = [sys.executable, "manage.py", "migrate"]
+    done = subprocess.run(migrate, cwd=directory, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+@contextmanager
+def served(directory: Path, make_command: Callable[[str], list[str]]) -> Iterator[Site]:
+    """Run a server in a process group of its own, which is ended with it; its output goes with a failure."""
+    port = free_port()
+    output = directory.parent / f"output-{port}.txt"
+    command = make_command(f"127.0.0.1:{port}")
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        site = Site(port, directory)
+        eventually(lambda: process.poll() is not None or is_up(site))
+        assert process.poll() is None, "the server ended"
+        yield site
+    except BaseException as exc:
+        exc.add_note(f"{' '.join(command)} wrote:\n{output.read_text(errors='replace')[-8000:]}")
+        raise
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the process, and what it has started."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(15)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "DJANGO_SETTINGS_MODULE": "example_site.settings",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def is_up(site: Site) -> bool:
+    """Whether it takes connections: without a request, for a server's first one is a test's."""
+    try:
+        socket.create_connection(("127.0.0.1", site.port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.1)
+    return result
+
+
+def gunicorn(*options: str, application: str = OURS) -> Callable[[str], list[str]]:
+    return lambda address: [*GUNICORN, address, *options, application]
+
+
+def runserver(address: str) -> list[str]:
+    return [sys.executable, "manage.py", "runserver", address]
+
+
+def probe_often(site: Site) -> list[dict[str, Any]]:
+    """Send each probe alone, and then both of them from several clients at once."""
+    alone = [site.probe(path) for path in PROBES]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        return alone + list(clients.map(site.probe, PROBES * CLIENTS))
+
+
+def assert_one_loop_each(journeys: list[dict[str, Any]]) -> None:
+    for journey in journeys:
+        steps = journey["steps"]
+        assert {step["place"] for step in steps} == PLACES
+        assert {step["what"] for step in steps if step["place"] == "middleware"} == MIDDLEWARES
+        assert sum(step["place"] == "body" for step in steps) > 3
+        assert len({step["loop"] for step in steps}) == 1, steps
+        assert len({step["thread"] for step in steps}) == 1, steps
+        assert steps[0]["thread"] != journey["request_thread"]
+        # What the request thread calls outside of other calls: one task, as under ASGI.
+        assert len({step["task"] for step in steps if step["place"] in ("middleware", "body")}) == 1, steps
+        assert journey["handler"] == "wsgi_loop.handler.WSGIHandler"
+    # A server may reuse threads. Loops and tasks belong to one request.
+    loops = {(journey["process"], journey["steps"][0]["loop"]) for journey in journeys}
+    assert len(loops) == len(journeys)
+
+
+@pytest.mark.parametrize(
+    "options", [SYNC, GTHREAD, [*GTHREAD, "--preload"]], ids=["sync", "gthread", "gthread preloaded"]
+)
+def test_gunicorn_serves_each_request_on_one_loop(example: Path, options: list[str]) -> None:
+    with served(example, gunicorn(*options)) as site:
+        assert_one_loop_each(probe_often(site))
+
+
+def test_runserver_serves_each_request_on_one_loop(example: Path) -> None:
+    with served(example, runserver) as site:
+        assert_one_loop_each(probe_often(site))
+
+
+@pytest.mark.parametrize("options", [SYNC, GTHREAD], ids=["sync", "gthread"])
+def test_the_probe_tells_djangos_own_handler_apart(example: Path, options: list[str]) -> None:
+    with served(example, gunicorn(*options, application=STOCK)) as site:
+        for journey in probe_often(site):
+            steps = journey["steps"]
+            assert journey["handler"] == "django.core.handlers.wsgi.WSGIHandler"
+            assert {step["place"] for step in steps} == PLACES
+            # The signals, the chain of middlewares, and each loop call of the body.
+            assert len({step["loop"] for step in steps}) >= 5
+            with pytest.raises(AssertionError):
+                assert_one_loop_each([journey])
+
+
+def test_runserver_serves_static_files(example: Path) -> None:
+    with served(example, runserver) as site:
+        for name, content_type in (("site.css", "text/css"), ("icon.svg", "image/svg+xml")):
+            headers, body = site.get(f"/static/example_site/{name}")
+            assert headers["Content-Type"] == content_type
+            assert body == (example / "example_site/static/example_site" / name).read_bytes()
+            assert "Journey-Id" not in headers
+        with pytest.raises(urllib.error.HTTPError) as error:
+            site.get("/static/example_site/missing.css")
+        assert error.value.code == 404
+        error.value.close()
+
+
+def test_runserver_reloads_changed_code(example: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "example"
+    shutil.copytree(example, directory)
+    views = directory / "example_site/views.py"
+    with served(directory, runserver) as site:
+        before = site.probe("/probe/")
+        views.write_text(views.read_text().replace('"application/jsonl"', '"application/x-changed"'))
+
+        def is_changed() -> bool:
+            try:
+                headers, _ = site.get("/probe/")
+            except OSError:  # between the old process and the new one
+                return False
+            if headers["Content-Type"] == "application/x-changed":
+                return True
+            # The reloader takes what changed before its first look at the files for unchanged.
+            views.touch()
+            return False
+
+        eventually(is_changed)
+        after = site.probe("/probe/")
+        assert before["process"] != after["process"]
+        assert_one_loop_each([before, after])
+
+
+@pytest.mark.parametrize("path", ["/", "/sync/"])
+@pytest.mark.parametrize(("application", "title"), [(OURS, "wsgi-loop"), (STOCK, "Django&#x27;s own handler")])
+def test_the_front_page_compares_its_own_request(example: Path, application: str, title: str, path: str) -> None:
+    with served(example, gunicorn(*GTHREAD, application=application)) as site:
+        headers, body = site.get(path)
+        own_id, other_id = body.decode().split('data-url="/comparison/')[1].split("/")[:2]
+        assert own_id == headers["Journey-Id"]
+        # What the page asks for in its turn: it could not know of request_finished before its end.
+        comparison = site.get(f"/comparison/{own_id}/{other_id}/")[1].decode()
+        stock_side, our_side = (side.split("</article>")[0] for side in comparison.split("<article")[1:])
+        journeys = [json.loads(site.get(f"/journey/{journey_id}/")[1]) for journey_id in (own_id, other_id)]
+        ours, stock = journeys if application == OURS else reversed(journeys)
+        assert_one_loop_each([ours])
+        assert stock["handler"] == "django.core.handlers.wsgi.WSGIHandler"
+        assert [step["what"] for step in ours["steps"]] == [step["what"] for step in stock["steps"]]
+        loops = len({step["loop"] for step in stock["steps"]})
+        assert loops >= 5
+        assert f"<b>{loops}</b> event loops" in stock_side
+        assert "<b>1</b> event loop<" in our_side
+        assert "<b>1</b> loop thread<" in our_side
+        assert "request_finished" in our_side
+        assert f"<b>{title}</b>: the" in " ".join(comparison.split())

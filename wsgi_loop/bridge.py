@@ -1,0 +1,352 @@
+"""Everything that depends on asgiref's internals. Knows nothing of Django.
+
+`async_to_sync` looks for a running loop in thread-locals of `SyncToAsync`. What a request puts there stands in for a
+loop that is made by the first call. From then on each loop call, whichever way it comes, arrives as asgiref's
+own coroutine (`AsyncToSync.main_wrap`) at the loop's `call_soon_threadsafe`, on the thread that makes the call, and
+becomes a `LoopCall` there.
+
+Nothing of asgiref is patched. What is read or set here was read in asgiref 3.12.1 and 3.13.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
+from typing import Any, Self
+
+from asgiref.current_thread_executor import CurrentThreadExecutor
+from asgiref.local import _Storage
+from asgiref.sync import AsyncToSync, SyncToAsync, _restore_context
+
+from .loops import CallsContext, LoopCall, LoopFactory, RequestLoop
+
+_MAIN_WRAP = AsyncToSync.main_wrap.__code__
+
+#: What asgiref keeps on a thread. Its `__dict__` is one and the same for as long as the thread lives.
+threadlocal = SyncToAsync.threadlocal
+#: There async_to_sync finds its loop, of which it calls `call_soon_threadsafe(loop.create_task, coroutine)`, ...
+LOOP = "main_event_loop"
+#: ... provided that this process has put it there, and not the one that it was forked from.
+LOOP_PID = "main_event_loop_pid"
+pid = os.getpid()
+
+
+def _after_fork() -> None:
+    global pid
+    pid = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_taken(exc: RuntimeError) -> bool:
+    """Whether `Context.run` raised this, called where it is caught, because another thread is inside the context."""
+    assert exc.__traceback__ is not None
+    return exc.__traceback__.tb_next is None and str(exc).startswith("cannot enter context")
+
+
+class _KeptOnThread(dict[str, Any]):
+    """What a thread keeps in a `Local`, however many contexts look at it.
+
+    A `Local` that is not thread-critical replaces its data by a changed copy, in the current context. With this for
+    data, what one request adds is there for the next one on the thread.
+    """
+
+    def copy(self) -> Self:
+        return self
+
+
+def keep_on_thread(locals_: Iterable[Any]) -> None:
+    """Let what is put in these `Local`s stay on this thread, in the current context and all that are copied from it."""
+    for local in locals_:
+        var = local._storage._data
+        found = var.get(None)
+        ident = threading.get_ident()
+        data = found.data if found is not None and found.thread_id == ident else {}
+        var.set(_Storage(ident, _KeptOnThread(data)))
+
+
+def move_here(context: contextvars.Context, per_thread: Iterable[Any]) -> contextvars.Context:
+    """Make what the `Local`s hold in `context` visible on this thread, to which they hide it otherwise.
+
+    per_thread: `Local`s that are kept per thread on purpose. What this thread has in them replaces what is there.
+    Returns the context, or a copy of it when another thread is inside it.
+    """
+    own = [(var := local._storage._data, var.get(None)) for local in per_thread]
+    moved = context.copy()
+
+    def rehome() -> None:
+        _restore_context(moved)
+        for var, storage in own:
+            var.set(storage or _Storage(threading.get_ident(), {}))
+
+    try:
+        context.run(rehome)
+    except RuntimeError as exc:
+        if not is_taken(exc):
+            raise
+        context = moved.copy()
+        context.run(rehome)
+    return context
+
+
+class RequestThreadExecutor(CurrentThreadExecutor):
+    """At the bottom of a request's executors: takes the thread-sensitive calls that no loop call waits for.
+
+    A task that outlives its loop call goes on with that call's executor, which has quit. asgiref then walks down
+    `_old_executor` until one takes the work: at last this one, which passes it to the loop call that the request
+    thread waits in now, or keeps it until there is one, or until `serve`.
+    """
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(None)
+        self._owner = owner
+        self._over = False
+        self._call: CurrentThreadExecutor | None = None
+        self.serving = False
+        self._work_items = _Passing(self)
+
+    @property
+    def _broken(self) -> bool:
+        if self._over:
+            raise RuntimeError(
+                f"{self._owner} is over, and with it its thread for thread-sensitive calls (sync_to_async, the ORM): "
+                "only a task that ignored its cancellation can get here. Await it before the request ends, or, for "
+                "work that may outlive the request, use a task queue."
+            )
+        return False
+
+    @_broken.setter
+    def _broken(self, value: bool) -> None:
+        """CurrentThreadExecutor starts out not broken, and only its own run_until_future, not used here, breaks it."""
+
+    def pass_on_to(self, call: CurrentThreadExecutor) -> None:
+        """A loop call is about to wait on the request thread, with `call` to run what it is given."""
+        with self._work_ready:
+            call._old_executor = self
+            self._call = call
+            while self._work_items:
+                call._work_items.append(self._work_items.popleft())
+
+    def serve(self) -> None:
+        """Run what is waiting, on this thread."""
+        while self._work_items:
+            self._run_one()
+
+    def serve_until(self, future: Future[None], timeout: float) -> bool:
+        """Run what comes until `future` is done, or `timeout` seconds have passed. Returns whether it is done."""
+        with self._work_ready:
+            # Not to a call that may be waiting further up this very thread.
+            self._call = None
+        future.add_done_callback(self._wake)
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._work_ready:
+                while not self._work_items and not future.done():
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        return False
+                    self._work_ready.wait(remaining)
+                if not self._work_items:
+                    return True
+            self._run_one()
+
+    def quit(self) -> None:
+        """Refuse what comes from now on, and what nobody has run."""
+        with self._work_ready:
+            self._over = True
+            self._call = None
+            items = list(self._work_items)
+            self._work_items.clear()
+        for item in items:
+            item.future.cancel()
+
+    def _wake(self, _: Future[None]) -> None:
+        with self._work_ready:
+            self._work_ready.notify_all()
+
+    def _run_one(self) -> None:
+        try:
+            with self._work_ready:
+                item = self._work_items.popleft()
+        except IndexError:
+            return
+        self.serving = True
+        try:
+            item.run()
+        finally:
+            self.serving = False
+
+
+class _Passing(deque[Any]):
+    """The bottom executor's queue. asgiref appends to it, holding the executor's lock."""
+
+    def __init__(self, executor: RequestThreadExecutor) -> None:
+        super().__init__()
+        self._executor = weakref.proxy(executor)
+
+    def append(self, item: Any) -> None:
+        call = self._executor._call
+        if call is not None:
+            with call._work_ready:
+                if not call._broken:
+                    call._work_items.append(item)
+                    call._work_ready.notify()
+                    return
+        super().append(item)
+
+
+class Answer(Future[Any]):
+    """Holds back what a loop call returns until its coroutine has wholly ended.
+
+    main_wrap answers before it has stored its contextvars for the caller, who would sometimes miss them; and what
+    its frame holds (a response) would outlive the call by a moment.
+    """
+
+    _held: tuple[bool, Any] | None
+
+    def set_result(self, result: Any) -> None:
+        self._held = (True, result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self._held = (False, exception)
+
+    def deliver(self) -> None:
+        held, self._held = self._held, None
+        if held is None or isinstance(held[1], GeneratorExit):
+            held = False, asyncio.CancelledError("The event loop was closed before this call had ended")
+        if held[0]:
+            super().set_result(held[1])
+        else:
+            super().set_exception(held[1])
+
+
+class AsgirefCall(LoopCall):
+    """A call of async_to_sync."""
+
+    __slots__ = ("_answer", "_awaitable", "_begun")
+
+    def __init__(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        answer: Future[Any],
+        awaitable: Any,
+        calls_context: CallsContext | None,
+    ) -> None:
+        name = getattr(awaitable, "__qualname__", None) or type(awaitable).__qualname__
+        super().__init__(coroutine, name, calls_context)
+        self._answer = answer
+        self._awaitable = awaitable
+        self._begun = False
+
+    def begin(self) -> None:
+        self._begun = True
+        self._answer.__class__ = Answer
+        self._answer._held = None  # type: ignore[attr-defined]
+
+    def finish(self) -> None:
+        if not self._begun:
+            self.coroutine.close()
+            self.begin()
+        # It may never have been started: not this call, or a task that was cancelled before its first step.
+        close(self._awaitable)
+        self._awaitable = None
+        self._answer.deliver()  # type: ignore[attr-defined]
+
+
+def close(awaitable: Any) -> None:
+    """Close a coroutine, so that it does not warn that it was never awaited; nothing for another awaitable."""
+    if hasattr(awaitable, "close"):
+        awaitable.close()
+
+
+def discard(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Close asgiref's coroutine and the user's in it, neither of which has been started."""
+    awaitable = inspect.getcoroutinelocals(coroutine)["awaitable"]
+    coroutine.close()
+    close(awaitable)
+
+
+class RequestCalls:
+    """A request's loop as asgiref meets it, made by its first loop call. Held by the request alone.
+
+    So when a request is dropped without `close()`, this is collected, and gives the loop back.
+    """
+
+    def __init__(self, factory: LoopFactory, timeout: float, owner: str) -> None:
+        self.executor = RequestThreadExecutor(owner)
+        self._context = CallsContext()
+        self.loop = RequestLoop(factory, timeout, owner, _Adapter(self.executor, weakref.ref(self._context)))
+        # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
+        AsyncToSync.loop_thread_executors[self.loop.loop] = self.executor
+        self._closed = False
+        self._pid = pid
+
+    def close(self) -> None:
+        """Close the loop, and meanwhile run on this thread what its tasks need to run here."""
+        self._closed = True
+        if self._is_inherited():
+            return
+        try:
+            self.loop.close(self.executor.serve_until)
+        finally:
+            self._let_go()
+
+    def _is_inherited(self) -> bool:
+        """In a forked child do not even collect the loop: to close it would take the parent's descriptors apart."""
+        if self._pid == pid:
+            return False
+        _inherited.append(self.loop)
+        return True
+
+    def _let_go(self) -> None:
+        self.executor.quit()
+        AsyncToSync.loop_thread_executors.pop(self.loop.loop, None)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and not self._is_inherited():
+            self.loop.close_soon()
+            self._let_go()
+            message = f"{self.loop.owner}: its response was dropped without close()"
+            warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
+
+
+_inherited: list[RequestLoop] = []
+
+
+class _Adapter:
+    """Makes an `AsgirefCall` of a coroutine that asgiref hands over, on the thread that makes the call."""
+
+    def __init__(self, executor: RequestThreadExecutor, calls_context: weakref.ref[CallsContext]) -> None:
+        self._executor = executor
+        self._calls_context = calls_context
+        self._first = True
+        self._base: CurrentThreadExecutor | None = None
+
+    def recognizes(self, args: tuple[Any, ...]) -> bool:
+        return len(args) == 1 and getattr(args[0], "cr_code", None) is _MAIN_WRAP
+
+    def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> AsgirefCall:
+        # It has not been started, so these are its arguments.
+        arguments = inspect.getcoroutinelocals(coroutine)
+        current = AsyncToSync.executors.current
+        if self._first:
+            # A request's first call is never nested in another one of its own. In one of an outer request it may be.
+            self._first = False
+            self._base = current._old_executor
+        calls_context = None
+        # A call that is made below another one, or by sync code that a task runs, finds that one's executor instead.
+        if current._old_executor is self._base and not self._executor.serving:
+            self._executor.pass_on_to(current)
+            calls_context = self._calls_context()
+        return AsgirefCall(coroutine, arguments["call_result"], arguments["awaitable"], calls_context)

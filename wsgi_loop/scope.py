@@ -1,0 +1,209 @@
+"""The life of one request: its context, its event loop if a loop call ever asks for one, and its end, exactly once.
+
+Knows nothing of HTTP, and leaves the loop to `loops` and what asgiref needs to `bridge`.
+
+Who owns what: the request's handler and response own the scope, the scope owns the request context and the loop. Each
+entry (`run`) takes the context and this thread's thread-locals for its own time only, so that a server may open and
+close requests on its threads in any order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from django.core.exceptions import ImproperlyConfigured
+
+from . import bridge
+from .bridge import LOOP, LOOP_PID, threadlocal
+from .conf import Options
+
+R = TypeVar("R")
+T = TypeVar("T")
+ThreadState = dict[str, Any]
+
+#: Where the scope that a thread is in stands on it once it has a loop; before that, it is the loop.
+SCOPE = "wsgi_loop.scope"
+
+# Re-entrant: the garbage collector may close a response while this thread is making a loop.
+_making_loop = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _making_loop
+    _making_loop = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class RequestScope:
+    """What one request runs in, from before request_started until after request_finished.
+
+    It also stands in for the request's loop until the first loop call.
+    """
+
+    #: asgiref passes it back to `call_soon_threadsafe`.
+    create_task = None
+
+    options: Options
+    subject: Any
+    _context: contextvars.Context | None = None
+    #: The thread on which what the context's `Local`s hold can be seen. Threads are told apart by what asgiref keeps on
+    #: them, which costs less to get than an identifier.
+    _home: ThreadState
+    _calls: bridge.RequestCalls | None = None
+
+    def owner(self) -> str:
+        """Whom to name in logs."""
+        return str(self.subject)
+
+    def per_thread(self) -> Iterable[Any]:
+        """The `Local`s whose content belongs to a thread, and not to a request."""
+        return ()
+
+    # `start` and `finish` are `run` for the first and the last entry. A request that makes no loop call pays for little
+    # else, so they do themselves what `_enter` does, in the usual case, where they find nothing on the thread.
+
+    def start(self, function: Callable[..., R], a: Any, b: Any, c: Any, /) -> R:
+        """Begin the request, in a copy of the current context, and call `function` in it with three arguments."""
+        self._context = context = contextvars.copy_context()
+        self._home = thread = threadlocal.__dict__
+        if thread:
+            return self._enter(thread, context, function, (a, b, c))
+        thread[LOOP] = self
+        thread[LOOP_PID] = bridge.pid
+        try:
+            return context.run(function, a, b, c)
+        finally:
+            thread.clear()
+
+    def finish(self, function: Callable[[T], object], argument: T, /) -> None:
+        """Call `function` inside the request, with one argument, and `close` it."""
+        thread = threadlocal.__dict__
+        context = self._context
+        if thread or thread is not self._home or self._calls is not None or context is None:
+            try:
+                self.run(function, argument)
+            finally:
+                self.close()
+            return
+        thread[LOOP] = self
+        thread[LOOP_PID] = bridge.pid
+        try:
+            context.run(function, argument)
+        except RuntimeError as exc:
+            if not bridge.is_taken(exc):
+                raise
+            context.copy().run(function, argument)
+        finally:
+            thread.clear()
+            self._context = None
+            if self._calls is not None:
+                self.close()
+
+    def run(self, function: Callable[..., R], /, *args: Any) -> R:
+        """Call `function` inside the request, and return what it returns.
+
+        On a thread that is inside already it is just called. While another thread is inside, it gets a copy of the
+        request context. After `close` it gets a context of its own, and no loop.
+        """
+        thread = threadlocal.__dict__
+        context = self._context
+        if context is None:
+            return contextvars.copy_context().run(function, *args)
+        if thread.get(SCOPE, thread.get(LOOP)) is self:
+            return function(*args)
+        if thread is not self._home:
+            moved = bridge.move_here(context, self.per_thread())
+            if moved is context:
+                self._home = thread
+            context = moved
+        return self._enter(thread, context, function, args)
+
+    def _enter(
+        self, thread: ThreadState, context: contextvars.Context, function: Callable[..., R], args: tuple[Any, ...]
+    ) -> R:
+        with self._standing_on(thread):
+            if self._calls is not None:
+                self._calls.executor.serve()
+            try:
+                return context.run(function, *args)
+            except RuntimeError as exc:
+                if not bridge.is_taken(exc):
+                    raise
+            context = bridge.move_here(context, self.per_thread())
+            return context.run(function, *args)
+
+    @contextlib.contextmanager
+    def _standing_on(self, thread: ThreadState) -> Iterator[None]:
+        """Make this what async_to_sync finds on the thread, which is left as it was found.
+
+        Nothing of that shows in between: `task_context`, which asgiref never takes off a thread, would tie this
+        request's loop calls to whatever `sync_to_async` call last ran here.
+        """
+        found = thread.copy()
+        thread.clear()
+        thread[LOOP] = thread[SCOPE] = self
+        thread[LOOP_PID] = bridge.pid
+        try:
+            yield
+        finally:
+            thread.clear()
+            thread.update(found)
+
+    def close(self) -> None:
+        """Close the request's loop, if it has one, and let go of its context. Further calls do nothing."""
+        # What the request stored in the context may lead back to this scope: the request itself, the response.
+        self._context = None
+        if self._calls is not None:
+            with _making_loop:
+                calls, self._calls = self._calls, None
+            if calls is not None:
+                with self._standing_on(threadlocal.__dict__):
+                    calls.close()
+
+    def call_soon_threadsafe(self, callback: Any, coroutine: Any) -> None:
+        """Hand asgiref's coroutine to the request's loop, and make the loop if this is the first one.
+
+        Raises RuntimeError after `close`: asgiref then makes a loop of its own.
+        """
+        try:
+            (self._calls or self._make_loop()).loop.submit(coroutine)
+        except RuntimeError:
+            raise
+        except BaseException:
+            bridge.discard(coroutine)
+            raise
+
+    def _make_loop(self) -> bridge.RequestCalls:
+        with _making_loop:
+            if self._calls is None:
+                if self._context is None:
+                    raise RuntimeError("The request is over")
+                options = self.options
+                # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
+                threadlocal.__dict__[SCOPE] = self
+                try:
+                    self._calls = bridge.RequestCalls(options.loop_factory, options.shutdown_timeout, self.owner())
+                except RuntimeError as exc:
+                    # Which asgiref would take for a closed loop, and go on with one of its own.
+                    raise ImproperlyConfigured(f"The event loop could not be made: {exc}") from exc
+                if self._context is None:
+                    # By another thread, which looked for a loop before there was one.
+                    calls, self._calls = self._calls, None
+                    calls.close()
+                    raise RuntimeError("The request is over")
+            return self._calls
+
+
+def current_scope() -> RequestScope | None:
+    """The scope that this thread is in."""
+    thread = threadlocal.__dict__
+    scope = thread.get(SCOPE, thread.get(LOOP))
+    return scope if isinstance(scope, RequestScope) else None
