@@ -1,6 +1,8 @@
-"""Serve a number of sync requests and leave at once: what `test_instructions` counts the instructions of.
+"""Serve sync requests in forked children: what `test_instructions` counts the instructions of.
 
-python -m tests.instructions_app stock|wsgi-loop bare|default REQUESTS
+python -m tests.instructions_app bare|default SEED FEW MANY
+
+Prints a line for each child, `PID HANDLER REQUESTS`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import random
 import sys
 from typing import Any
 from wsgiref.util import FileWrapper
@@ -89,7 +92,24 @@ def serve(handler: Any, environ: dict[str, Any], requests: int) -> None:
         response.close()
 
 
-def main(which: str, workload: str, requests: int) -> None:
+def subclasses(cls: type) -> set[type]:
+    return {cls}.union(*map(subclasses, type.__subclasses__(cls)))
+
+
+def shuffle_classes(seed: int) -> None:
+    """Give every class another place in the cache through which CPython finds attributes.
+
+    Which of them evict each other is chance, and decides over some thousand instructions a request. With the same
+    seed it is the same for both handlers.
+    """
+    classes = sorted(subclasses(object), key=lambda cls: (cls.__module__, cls.__qualname__))
+    random.Random(seed).shuffle(classes)
+    for cls in classes:
+        # A class gets its place when an attribute of it is first looked up.
+        getattr(cls, "_not_there", None)
+
+
+def main(workload: str, seed: int, *counts: int) -> None:
     default = workload == "default"
     settings.configure(
         SECRET_KEY="not a secret",
@@ -101,19 +121,26 @@ def main(which: str, workload: str, requests: int) -> None:
         INSTALLED_APPS=APPS if default else [],
     )
     django.setup()
-    # Both are imported by both, so that they differ in nothing but what serves.
     from wsgi_loop import WSGIHandler
 
-    handler = DjangoHandler() if which == "stock" else WSGIHandler()
+    # All that is imported is imported here, so that the children differ in nothing but what serves.
+    handlers = {"stock": DjangoHandler(), "wsgi-loop": WSGIHandler()}
     environ = BROWSER if default else BARE
-    serve(handler, environ, WARM_UP)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    serve(handler, environ, requests)
-    # What the interpreter does on its way out depends on what it has seen.
-    os._exit(0)
+    shuffle_classes(seed)
+    for which, handler in handlers.items():
+        for requests in counts:
+            pid = os.fork()
+            if not pid:
+                serve(handler, environ, WARM_UP)
+                gc.collect()
+                gc.freeze()
+                gc.disable()
+                serve(handler, environ, requests)
+                # What the interpreter does on its way out depends on what it has seen.
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0, which
+            print(pid, which, requests, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

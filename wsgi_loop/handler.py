@@ -12,11 +12,13 @@ from contextvars import ContextVar
 from typing import Any
 
 import django
+from django.conf import settings
 from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers import wsgi
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 
 from .bridge import keep_on_thread
 from .conf import get_options
@@ -64,7 +66,7 @@ class WSGIHandler(wsgi.WSGIHandler):
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
-            _keep_connections()
+            _prepare_thread()
         scope = HTTPScope()
         scope.options = self._options
         scope.subject = environ
@@ -110,8 +112,11 @@ def _is_made_by(file_wrapper: Any, iterable: object) -> bool:
     return isinstance(iterable, file_wrapper) if isinstance(file_wrapper, type) else True
 
 
-def _keep_connections() -> None:
-    """Let this thread's requests share its cache connections and task backends, as they do with Django's handler."""
+def _prepare_thread() -> None:
+    """Put into this thread's own context, of which each request gets a copy, what all of its requests share.
+
+    Cache connections and task backends, as with Django's handler. The rest spares them work only.
+    """
     keep_on_thread(handler._connections for handler in _HANDLERS)
     _kept_connections.set(caches._connections)  # type: ignore[attr-defined]
     if sys.version_info >= (3, 12):
@@ -120,3 +125,8 @@ def _keep_connections() -> None:
         for alias in caches:
             with contextlib.suppress(Exception):  # then the request that asks for it is told
                 caches[alias]
+    # Each request sets these two, which takes 2,000 instructions less where they have been set before.
+    set_script_prefix(get_script_prefix())
+    urlconf = get_urlconf()
+    set_urlconf(settings.ROOT_URLCONF)
+    set_urlconf(urlconf)
