@@ -16,7 +16,7 @@ from django.contrib.auth.models import User
 from django.core.signals import request_finished
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 
-import wsgi_loop.loops
+import wsgi_loop.threads
 
 from .conftest import Connect
 from .support import Place, call_here, environ, eventually, here, in_thread, loop_threads, serve
@@ -232,9 +232,9 @@ def test_a_response_that_is_dropped_without_close_gives_its_loop_back(loops: Loo
             del response
         eventually(loops[0].is_closed)
         # The loop thread can be used again.
-        started = wsgi_loop.loops.threads.started
+        started = wsgi_loop.threads.threads.started
         server.get()
-    assert wsgi_loop.loops.threads.started == started
+    assert wsgi_loop.threads.threads.started == started
 
 
 def test_a_response_without_a_loop_is_dropped_in_silence() -> None:
@@ -547,7 +547,7 @@ def test_no_loop_thread_is_left_over_that_no_request_uses() -> None:
             thread.start()
         for thread in threads:
             thread.join(30)
-    eventually(lambda: len(loop_threads()) <= wsgi_loop.loops.MAX_IDLE_THREADS)
+    eventually(lambda: len(loop_threads()) <= wsgi_loop.threads.MAX_IDLE_THREADS)
 
 
 def test_request_finished_is_sent_once_by_a_close_that_has_left_overs(receive: Connect) -> None:

@@ -15,7 +15,7 @@ from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import get_urlconf, set_urlconf
 from django.utils import timezone, translation
 
-import wsgi_loop.loops
+import wsgi_loop.threads
 
 from .conftest import Connect
 from .support import call_here, eventually, in_thread, loop_threads, serve, stock
@@ -34,11 +34,11 @@ def test_a_thousand_sync_requests_make_no_loop_and_no_thread() -> None:
 
     with serve(lambda request: HttpResponse("sync"), loop_factory=factory) as server:
         made.clear()
-        threads, started = set(threading.enumerate()), wsgi_loop.loops.threads.started
+        threads, started = set(threading.enumerate()), wsgi_loop.threads.threads.started
         for _ in range(1000):
             server.get()
         assert set(threading.enumerate()) <= threads
-    assert wsgi_loop.loops.threads.started == started
+    assert wsgi_loop.threads.threads.started == started
     assert made == []
 
 
@@ -50,11 +50,11 @@ def test_a_thousand_requests_over_one_server_thread_start_no_thread_after_warm_u
     with serve(view) as server:
         for _ in range(3):
             server.get()
-        started = wsgi_loop.loops.threads.started
+        started = wsgi_loop.threads.threads.started
         for _ in range(1000):
             server.get()
-    assert wsgi_loop.loops.threads.started == started
-    assert len(loop_threads()) <= wsgi_loop.loops.MAX_IDLE_THREADS
+    assert wsgi_loop.threads.threads.started == started
+    assert len(loop_threads()) <= wsgi_loop.threads.MAX_IDLE_THREADS
 
 
 def test_a_variable_is_seen_throughout_its_request_and_by_no_other(receive: Connect) -> None:

@@ -10,7 +10,8 @@ import pytest
 from django.http import HttpResponse
 
 from wsgi_loop import loops
-from wsgi_loop.loops import MAX_IDLE_THREADS, LoopThreads, run_in_context
+from wsgi_loop.loops import run_in_context
+from wsgi_loop.threads import MAX_IDLE_THREADS, LoopThreads
 
 from .support import call_here, eventually, serve
 

@@ -19,15 +19,17 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.local import _Storage
-from asgiref.sync import AsyncToSync, SyncToAsync, _restore_context
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, _restore_context, sync_to_async
 
-from .loops import CallsContext, LoopCall, LoopFactory, RequestLoop
+from .conf import Options
+from .loops import CallsContext, LoopCall, ProcessLoop, RequestLoop, RequestTask, RunningLoop
+from .resources import kept
 
 _MAIN_WRAP = AsyncToSync.main_wrap.__code__
 
@@ -37,6 +39,8 @@ threadlocal = SyncToAsync.threadlocal
 LOOP = "main_event_loop"
 #: ... provided that this process has put it there, and not the one that it was forked from.
 LOOP_PID = "main_event_loop_pid"
+#: Where the scope that a thread is in stands on it once it has a loop; before that, it is the loop.
+SCOPE = "wsgi_loop.scope"
 pid = os.getpid()
 
 
@@ -108,9 +112,11 @@ class RequestThreadExecutor(CurrentThreadExecutor):
     thread waits in now, or keeps it until there is one, or until `serve`.
     """
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, owner: str, options: Any) -> None:
         super().__init__(None)
-        self._owner = owner
+        #: Of the request, for whoever finds this in a context: whom to name in logs, and its options.
+        self.owner = owner
+        self.options = options
         self._over = False
         self._call: CurrentThreadExecutor | None = None
         self.serving = False
@@ -120,9 +126,9 @@ class RequestThreadExecutor(CurrentThreadExecutor):
     def _broken(self) -> bool:
         if self._over:
             raise RuntimeError(
-                f"{self._owner} is over, and with it its thread for thread-sensitive calls (sync_to_async, the ORM): "
-                "only a task that ignored its cancellation can get here. Await it before the request ends, or, for "
-                "work that may outlive the request, use a task queue."
+                f"{self.owner} is over, and with it its thread for thread-sensitive calls (sync_to_async, the ORM), "
+                "which a task that it left running has made. Await the task before the request ends, or start it with "
+                "wsgi_loop.create_background_task(), which gives it a thread of its own."
             )
         return False
 
@@ -241,10 +247,11 @@ class AsgirefCall(LoopCall):
         coroutine: Coroutine[Any, Any, Any],
         answer: Future[Any],
         awaitable: Any,
-        calls_context: CallsContext | None,
+        request_task: RequestTask | None = None,
+        calls_context: CallsContext | None = None,
     ) -> None:
         name = getattr(awaitable, "__qualname__", None) or type(awaitable).__qualname__
-        super().__init__(coroutine, name, calls_context)
+        super().__init__(coroutine, name, request_task, calls_context)
         self._answer = answer
         self._awaitable = awaitable
         self._begun = False
@@ -261,6 +268,13 @@ class AsgirefCall(LoopCall):
         # It may never have been started: not this call, or a task that was cancelled before its first step.
         close(self._awaitable)
         self._awaitable = None
+        self._answer.deliver()  # type: ignore[attr-defined]
+
+    def abandon(self, message: str) -> None:
+        if not self._begun:
+            self.finish()
+            return
+        self._answer.set_exception(RuntimeError(message))
         self._answer.deliver()  # type: ignore[attr-defined]
 
 
@@ -283,70 +297,233 @@ class RequestCalls:
     So when a request is dropped without `close()`, this is collected, and gives the loop back.
     """
 
-    def __init__(self, factory: LoopFactory, timeout: float, owner: str) -> None:
-        self.executor = RequestThreadExecutor(owner)
+    def __init__(self, owner: str, options: Options) -> None:
+        self.executor = RequestThreadExecutor(owner, options)
         self._context = CallsContext()
-        self.loop = RequestLoop(factory, timeout, owner, _Adapter(self.executor, weakref.ref(self._context)))
-        # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
-        AsyncToSync.loop_thread_executors[self.loop.loop] = self.executor
+        self._task = RequestTask(owner)
+        self.adapter = RequestAdapter(self.executor, self._task, weakref.ref(self._context))
         self._closed = False
         self._pid = pid
 
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Hand over asgiref's coroutine. Raises RuntimeError when the loop takes no more calls."""
+        raise NotImplementedError
+
     def close(self) -> None:
-        """Close the loop, and meanwhile run on this thread what its tasks need to run here."""
+        """Leave the loop, and meanwhile run on this thread what its tasks need to run here."""
         self._closed = True
         if self._is_inherited():
             return
         try:
-            self.loop.close(self.executor.serve_until)
+            self._leave()
         finally:
             self._let_go()
 
-    def _is_inherited(self) -> bool:
-        """In a forked child do not even collect the loop: to close it would take the parent's descriptors apart."""
-        if self._pid == pid:
-            return False
-        _inherited.append(self.loop)
-        return True
+    def _leave(self) -> None:
+        raise NotImplementedError
+
+    def _leave_soon(self) -> None:
+        raise NotImplementedError
 
     def _let_go(self) -> None:
         self.executor.quit()
-        AsyncToSync.loop_thread_executors.pop(self.loop.loop, None)
+
+    def _is_inherited(self) -> bool:
+        """Tell if this was made before a fork: what it stands for is the parent's."""
+        return self._pid != pid
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and not self._is_inherited():
-            self.loop.close_soon()
+            self._leave_soon()
             self._let_go()
-            message = f"{self.loop.owner}: its response was dropped without close()"
+            message = f"{self.executor.owner}: its response was dropped without close()"
             warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
 
 
-_inherited: list[RequestLoop] = []
+class OwnLoop(RequestCalls):
+    """Scope "request": the request has a loop to itself, and closes it."""
+
+    def __init__(self, owner: str, options: Options) -> None:
+        super().__init__(owner, options)
+        self._closed = True  # for as long as there is no loop to close
+        self.running = RequestLoop(options.loop_factory, options.shutdown_timeout, owner, self.adapter)
+        self._closed = False
+        # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
+        AsyncToSync.loop_thread_executors[self.running.loop] = self.executor
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.running.submit(coroutine)
+
+    def _leave(self) -> None:
+        self.running.close(self.executor.serve_until)
+
+    def _leave_soon(self) -> None:
+        self.running.close_soon()
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        AsyncToSync.loop_thread_executors.pop(self.running.loop, None)
+
+    def _is_inherited(self) -> bool:
+        if not super()._is_inherited():
+            return False
+        _inherited.append(self.running)
+        return True
+
+
+class SharedLoop(RequestCalls):
+    """Scope "process": the request's calls run on the process loop, along with those of others."""
+
+    def __init__(self, owner: str, options: Options, running: ProcessLoop) -> None:
+        super().__init__(owner, options)
+        self._running = running
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._running.submit(coroutine, self.adapter)
+
+    def _leave(self) -> None:
+        self._running.leave(self._task, self.executor.serve_until)
+
+    def _leave_soon(self) -> None:
+        self._running.leave_soon(self._task)
+
+
+#: Not even to be collected in a forked child: to close a loop there would take the parent's descriptors apart.
+_inherited: list[RunningLoop] = []
+
+
+def answer(coroutine: Coroutine[Any, Any, Any], exception: BaseException) -> None:
+    """Let a call that asgiref has handed over, and that was not started, raise `exception`."""
+    call_result: Future[Any] = inspect.getcoroutinelocals(coroutine)["call_result"]
+    discard(coroutine)
+    call_result.set_exception(exception)
 
 
 class _Adapter:
     """Makes an `AsgirefCall` of a coroutine that asgiref hands over, on the thread that makes the call."""
 
-    def __init__(self, executor: RequestThreadExecutor, calls_context: weakref.ref[CallsContext]) -> None:
-        self._executor = executor
-        self._calls_context = calls_context
-        self._first = True
-        self._base: CurrentThreadExecutor | None = None
-
     def recognizes(self, args: tuple[Any, ...]) -> bool:
         return len(args) == 1 and getattr(args[0], "cr_code", None) is _MAIN_WRAP
 
     def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> AsgirefCall:
+        raise NotImplementedError
+
+
+class RequestAdapter(_Adapter):
+    """For the calls of one request."""
+
+    def __init__(
+        self, executor: RequestThreadExecutor, task: RequestTask, calls_context: weakref.ref[CallsContext]
+    ) -> None:
+        self._executor = executor
+        self._task = task
+        self._calls_context = calls_context
+        self._first = True
+        self._base: CurrentThreadExecutor | None = None
+
+    def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> AsgirefCall:
         # It has not been started, so these are its arguments.
         arguments = inspect.getcoroutinelocals(coroutine)
+        call_result, awaitable = arguments["call_result"], arguments["awaitable"]
         current = AsyncToSync.executors.current
         if self._first:
             # A request's first call is never nested in another one of its own. In one of an outer request it may be.
             self._first = False
             self._base = current._old_executor
-        calls_context = None
         # A call that is made below another one, or by sync code that a task runs, finds that one's executor instead.
         if current._old_executor is self._base and not self._executor.serving:
             self._executor.pass_on_to(current)
             calls_context = self._calls_context()
-        return AsgirefCall(coroutine, arguments["call_result"], arguments["awaitable"], calls_context)
+            if calls_context is not None:
+                return AsgirefCall(coroutine, call_result, awaitable, self._task, calls_context)
+        return AsgirefCall(coroutine, call_result, awaitable)
+
+
+class ProcessAdapter(_Adapter):
+    """For all calls on a process loop: those of requests, each in its own way, and those of background tasks."""
+
+    def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> AsgirefCall:
+        calls = getattr(threadlocal.__dict__.get(SCOPE), "calls", None)
+        if isinstance(calls, SharedLoop):
+            return calls.adapter.adapt(coroutine)
+        arguments = inspect.getcoroutinelocals(coroutine)
+        return AsgirefCall(coroutine, arguments["call_result"], arguments["awaitable"])
+
+
+def make_process_loop(options: Options, end_thread: Callable[[], object]) -> ProcessLoop:
+    """Return a process loop, not started, with one thread for the thread-sensitive calls of what its keepers hold.
+
+    end_thread: called on that thread, if it was used, as the last thing.
+    """
+    executor = _SyncThread(max_workers=1, thread_name_prefix="wsgi-loop-sync")
+
+    async def release() -> None:
+        AsyncToSync.loop_thread_executors.pop(running.loop, None)
+        if executor.used:
+            await asyncio.wrap_future(executor.submit(end_thread))
+        executor.shutdown(wait=False)
+
+    running = ProcessLoop(
+        options.loop_factory,
+        options.shutdown_timeout,
+        ProcessAdapter(),
+        options.lifespan,
+        options.max_background_tasks,
+        release,
+    )
+    AsyncToSync.loop_thread_executors[running.loop] = executor  # type: ignore[assignment]
+    return running
+
+
+class _SyncThread(ThreadPoolExecutor):
+    used = False
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.used = True
+        return super().submit(*args, **kwargs)
+
+
+async def run_on_own_thread(coroutine: Coroutine[Any, Any, Any], end_thread: Callable[[], object]) -> Any:
+    """Await `coroutine`, with a thread of its own for its thread-sensitive calls.
+
+    end_thread: called on that thread, if it was used, as the last thing.
+    """
+    async with ThreadSensitiveContext() as thread:
+        try:
+            return await coroutine
+        finally:
+            if thread in SyncToAsync.context_to_thread_executor:
+                await sync_to_async(end_thread)()
+
+
+def detached_context(thread_id: int, is_connection: Callable[[object], bool]) -> contextvars.Context:
+    """Return a copy of the current context in which nothing of asgiref ties what runs in it to a request.
+
+    thread_id: the thread on which what `Local`s hold is to be visible. is_connection: tells what is not to be shared;
+    a `Local` that holds such a thing is left out.
+    """
+    left_out = {
+        AsyncToSync.executors._storage._data,
+        SyncToAsync.thread_sensitive_context,
+        SyncToAsync.deadlock_context,
+        AsyncToSync.async_single_thread_context,
+        kept,
+    }
+    detached = contextvars.Context()
+    for var, value in contextvars.copy_context().items():
+        if var in left_out:
+            continue
+        if isinstance(value, _Storage):
+            if isinstance(value.data, _KeptOnThread) or any(map(is_connection, value.data.values())):
+                continue
+            value = _Storage(thread_id, value.data)
+        detached.run(var.set, value)
+    return detached
+
+
+def request_executor() -> RequestThreadExecutor | None:
+    """Return the bottom executor of the request that the current context belongs to, if any."""
+    executor = getattr(AsyncToSync.executors, "current", None)
+    while executor is not None and not isinstance(executor, RequestThreadExecutor):
+        executor = executor._old_executor
+    return executor

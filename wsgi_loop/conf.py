@@ -13,43 +13,65 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
 from .loops import LoopFactory
+from .resources import AsyncContextFactory
 
 DEFAULTS: dict[str, Any] = {
     "SCOPE": "request",
     "THREAD": "own",
     "LOOP_FACTORY": None,
     "SHUTDOWN_TIMEOUT": 5.0,
+    "LIFESPAN": None,
+    "MAX_BACKGROUND_TASKS": 100,
 }
-ACCEPTED = {"SCOPE": ("request",), "THREAD": ("own",)}
+ACCEPTED = {"SCOPE": ("request", "process"), "THREAD": ("own",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How requests get their event loops.
 
-    loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop waits for cancelled tasks.
+    scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop waits
+    for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs.
+    max_background_tasks: how many may be in flight in a process.
     """
 
+    scope: str
     loop_factory: LoopFactory
     shutdown_timeout: float
+    lifespan: AsyncContextFactory | None
+    max_background_tasks: int
 
 
-def get_options(**overrides: Any) -> Options:
+def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> Options:
     """Return the options of the `WSGI_LOOP` setting, with `overrides` (in either case) winning over it.
+
+    source: what the overrides were given to.
 
     Raises ImproperlyConfigured, which names the key, its value and what is accepted.
     """
     configured = getattr(settings, "WSGI_LOOP", {})
     if not isinstance(configured, Mapping):
         raise ImproperlyConfigured(f"WSGI_LOOP is {configured!r}. It has to be a dict, such as {DEFAULTS!r}.")
-    values = DEFAULTS | _known("WSGI_LOOP", configured) | _known("get_wsgi_application()", overrides, upper=True)
+    values = DEFAULTS | _known("WSGI_LOOP", configured) | _known(source, overrides, upper=True)
     for key, accepted in ACCEPTED.items():
         if values[key] not in accepted:
             raise _invalid(key, values[key], " or ".join(map(repr, accepted)))
     timeout = values["SHUTDOWN_TIMEOUT"]
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout < math.inf:
         raise _invalid("SHUTDOWN_TIMEOUT", timeout, "a number of seconds, 0 or more")
-    return Options(_loop_factory(values["LOOP_FACTORY"]), float(timeout))
+    most = values["MAX_BACKGROUND_TASKS"]
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise _invalid("MAX_BACKGROUND_TASKS", most, "a whole number, 1 or more")
+    lifespan = values["LIFESPAN"]
+    if lifespan is not None and values["SCOPE"] != "process":
+        raise _invalid("LIFESPAN", lifespan, "None in scope 'request', which has no process loop to hold it open")
+    return Options(
+        scope=values["SCOPE"],
+        loop_factory=_loop_factory(values["LOOP_FACTORY"]),
+        shutdown_timeout=float(timeout),
+        lifespan=_lifespan(lifespan),
+        max_background_tasks=most,
+    )
 
 
 def _known(source: str, values: Mapping[Any, Any], upper: bool = False) -> dict[str, Any]:
@@ -63,17 +85,10 @@ def _known(source: str, values: Mapping[Any, Any], upper: bool = False) -> dict[
 
 
 def _loop_factory(value: Any) -> LoopFactory:
-    accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an event loop"
     if value is None:
         return asyncio.new_event_loop
-    factory = value
-    if isinstance(value, str):
-        try:
-            factory = import_string(value)
-        except ImportError as exc:
-            raise _invalid("LOOP_FACTORY", value, accepted, f"It can't be imported: {exc}.") from exc
-    if not callable(factory):
-        raise _invalid("LOOP_FACTORY", value, accepted)
+    accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an event loop"
+    factory: LoopFactory = _callable("LOOP_FACTORY", value, accepted)
     try:
         loop = factory()
     except Exception as exc:
@@ -85,7 +100,28 @@ def _loop_factory(value: Any) -> LoopFactory:
     if loop.is_running() or loop.is_closed():
         raise _invalid("LOOP_FACTORY", value, accepted, f"It returned a loop that is not new: {loop!r}.")
     loop.close()
-    return factory  # type: ignore[no-any-return]
+    return factory
+
+
+def _lifespan(value: Any) -> AsyncContextFactory | None:
+    """It is not called before the process loop starts: it may connect to other servers."""
+    if value is None:
+        return None
+    accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an async context manager"
+    lifespan: AsyncContextFactory = _callable("LIFESPAN", value, accepted)
+    return lifespan
+
+
+def _callable(key: str, value: Any, accepted: str) -> Any:
+    found = value
+    if isinstance(value, str):
+        try:
+            found = import_string(value)
+        except ImportError as exc:
+            raise _invalid(key, value, accepted, f"It can't be imported: {exc}.") from exc
+    if not callable(found):
+        raise _invalid(key, value, accepted)
+    return found
 
 
 def _invalid(key: str, value: Any, accepted: str, why: str = "") -> ImproperlyConfigured:

@@ -22,9 +22,9 @@ from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_u
 
 from .bridge import keep_on_thread
 from .conf import get_options
-from .loops import UnsupportedThreads, check_threads
 from .responses import ScopedIterable, serve_in
 from .scope import RequestScope, current_scope
+from .threads import UnsupportedThreads, check_threads
 
 try:
     from django.tasks import task_backends
@@ -100,6 +100,7 @@ class HTTPScope(RequestScope):
     #: The server gets a file wrapper in place of the response.
     serves_file = False
 
+    @property
     def owner(self) -> str:
         return f"{self.subject.get('REQUEST_METHOD', '')} {self.subject.get('PATH_INFO', '')!r}"
 

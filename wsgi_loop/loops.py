@@ -1,10 +1,11 @@
-"""Event loops, the threads that run them, and how a loop is closed well.
+"""Event loops: the one of a request, the one of a process, how loop calls run on them and how they are closed well.
 
 Knows asyncio and threads, and nothing of Django or asgiref: `bridge` turns what asgiref hands over into a `LoopCall`.
 
-Who owns what: a `RequestLoop` belongs to the request that made it until `close()`. From then on, and only then, the
-loop thread that runs it finishes it off, alone and within a bound, so a request thread that is interrupted while it
-waits leaves nothing behind. A loop thread belongs to `LoopThreads`, and is lent to one `RequestLoop` at a time.
+Who owns what: a `RequestLoop` belongs to the request that made it until `close()`, a `ProcessLoop` to the process until
+`shut_down()`. From then on, and only then, the loop thread that runs it finishes it off, alone and within a bound, so a
+thread that is interrupted while it waits leaves nothing behind. A loop thread belongs to `LoopThreads`, and is lent to
+one loop at a time.
 """
 
 from __future__ import annotations
@@ -13,114 +14,28 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-import os
 import sys
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any, Protocol
+
+from .resources import AsyncContextFactory, is_kept, keepers_of
+from .threads import threads
 
 logger = logging.getLogger("wsgi_loop")
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
-MAX_IDLE_THREADS = 8
 _UNSET: Any = object()
 _SHUT_DOWN = "wsgi-loop shut-down"
 
 
-class NoThread(Exception):
-    """A loop thread can not be started.
-
-    Not a RuntimeError: asgiref takes one for a closed loop, and goes on with a loop of its own.
-    """
-
-
-class UnsupportedThreads(NoThread):
-    """Threads are greenlets here, so a loop in a "thread" would be seen as running by all of them."""
-
-
-def check_threads() -> None:
-    """Raise `UnsupportedThreads` where gevent or eventlet have patched `threading`."""
-    gevent = sys.modules.get("gevent.monkey")
-    eventlet = sys.modules.get("eventlet.patcher")
-    for name, patched in (
-        ("gevent", gevent is not None and gevent.is_module_patched("threading")),
-        ("eventlet", eventlet is not None and eventlet.is_monkey_patched("thread")),
-    ):
-        if patched:
-            raise UnsupportedThreads(
-                f"wsgi-loop needs real threads, and {name} has replaced them in this process: an event loop in one "
-                "greenlet would look like a running loop to all others. Use gunicorn's sync or gthread workers "
-                f"(--worker-class gthread) in place of the {name} worker."
-            )
-
-
-class LoopThreads:
-    """Lends threads to event loops, and keeps at most `MAX_IDLE_THREADS` that have nothing to do.
-
-    A thread that is certain to be free in a moment may be given back early: what is submitted then waits for it in
-    the queue, rather than starting one more.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every thread: a forked child has none of its parent's."""
-        self._lock = threading.Lock()
-        self._jobs: SimpleQueue[Callable[[], bool]] = SimpleQueue()
-        self._free = 0
-        self.started = 0
-
-    def submit(self, job: Callable[[], bool]) -> None:
-        """Run `job` on a loop thread; the thread is used again if the job returns true."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-            else:
-                self._start_thread()
-            self._jobs.put(job)
-
-    def give_back(self) -> bool:
-        """Count the calling job's thread as free. False: there are enough, and the thread should end."""
-        with self._lock:
-            if self._free >= MAX_IDLE_THREADS:
-                return False
-            self._free += 1
-            return True
-
-    def take_back(self) -> None:
-        """The thread was given back too early: something else has to run what may be waiting for it."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-            else:
-                self._start_thread()
-
-    def _start_thread(self) -> None:
-        check_threads()
-        self.started += 1
-        thread = threading.Thread(target=self._work, args=(self._jobs,), name=f"wsgi-loop-{self.started}", daemon=True)
-        # An empty context: from Python 3.14 on, a thread may inherit its starter's, here a request's.
-        try:
-            contextvars.Context().run(thread.start)
-        except RuntimeError as exc:
-            raise NoThread(f"A loop thread could not be started: {exc}") from exc
-
-    @staticmethod
-    def _work(jobs: SimpleQueue[Callable[[], bool]]) -> None:
-        while jobs.get()():
-            pass
-
-
-threads = LoopThreads()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=threads.reset)
+class NoLoop(RuntimeError):
+    """There is no loop, or it takes no more calls. asgiref takes that for a closed loop, and makes one of its own."""
 
 
 class CallsContext:
@@ -181,21 +96,31 @@ def run_in_context(context: contextvars.Context, coroutine: Coroutine[Any, Any, 
 class LoopCall:
     """One coroutine handed over to a loop, and what has to be done before its first step and after its last.
 
-    calls_context: where the request task runs it; None: in a task of its own, in the context it was handed over in.
+    request_task: runs it, in calls_context. None: it gets a task of its own, in the context it was handed over in.
     """
 
-    __slots__ = ("calls_context", "coroutine", "name")
+    __slots__ = ("calls_context", "coroutine", "name", "request_task")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], name: str, calls_context: CallsContext | None) -> None:
+    def __init__(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        name: str,
+        request_task: RequestTask | None,
+        calls_context: CallsContext | None,
+    ) -> None:
         self.coroutine = coroutine
         self.name = name
+        self.request_task = request_task
         self.calls_context = calls_context
 
     def begin(self) -> None:
         """Called on the loop thread, before the coroutine is started."""
 
     def finish(self) -> None:
-        """Called once, when the coroutine has ended, or can not be started any more."""
+        """Called at most once, when the coroutine has ended, or can not be started any more."""
+
+    def abandon(self, message: str) -> None:
+        """Called in place of `finish`, on any thread, when nobody knows if the coroutine will ever end."""
 
 
 class Adapter(Protocol):
@@ -206,179 +131,40 @@ class Adapter(Protocol):
     def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> LoopCall: ...
 
 
-@dataclass(slots=True, eq=False)
-class RequestLoop:
-    """One event loop on one leased thread, from the first loop call of a request until its end.
+class RequestTask:
+    """The one task in which the loop calls of a request run, one after another. Used on the loop thread alone."""
 
-    factory: makes the loop. timeout: seconds that closing waits for cancelled tasks. owner: whom to name in logs.
-    """
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.task: asyncio.Task[None] | None = None
+        #: What the task runs.
+        self.call: LoopCall | None = None
+        self._next_call: asyncio.Future[None] | None = None
+        self._ending = False
 
-    factory: LoopFactory
-    timeout: float
-    owner: str
-    adapter: Adapter
-    loop: asyncio.AbstractEventLoop = field(init=False)
-    #: Done when the loop is closed and nothing of it runs any more.
-    ended: Future[None] = field(init=False, default_factory=Future)
-    _threads: LoopThreads = field(init=False, default_factory=lambda: threads)
-    _post: Callable[..., Any] = field(init=False)
-    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
-    #: What was handed over and has not ended yet.
-    _calls: set[LoopCall] = field(init=False, default_factory=set)
-    _started: bool = field(init=False, default=False)
-    _accepting: bool = field(init=False, default=True)
-    _closing: bool = field(init=False, default=False)
-    _stopped: bool = field(init=False, default=False)
-    _given_back: bool = field(init=False, default=False)
-    _given_up: bool = field(init=False, default=False)
-    _request_task: asyncio.Task[None] | None = field(init=False, default=None)
-    #: What the request task runs.
-    _call: LoopCall | None = field(init=False, default=None)
-    _call_over: asyncio.Future[None] | None = field(init=False, default=None)
-    _next_call: asyncio.Future[None] | None = field(init=False, default=None)
-    _generators: weakref.WeakSet[Any] = field(init=False, default_factory=weakref.WeakSet)
-
-    def __post_init__(self) -> None:
-        # In an empty context: a loop's own callbacks keep the context that they are made in.
-        self.loop = contextvars.Context().run(self.factory)
-        self._post = self.loop.call_soon_threadsafe
-        self.loop.call_soon_threadsafe = self._call_soon_threadsafe  # type: ignore[method-assign, assignment]
-
-    # --- on any thread -------------------------------------------------------------------------------------------
-
-    def _call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
-        """Stands in for the loop's own method, to which asgiref hands a loop call, on the thread that makes it."""
-        if self.adapter.recognizes(args):
-            return self.submit(*args)
-        return self._post(callback, *args, context=context)
-
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Hand a loop call over; from here on its `finish` is certain to be called.
-
-        Raises RuntimeError when the loop takes no more calls.
-        """
-        with self._lock:
-            if not self._accepting:
-                raise RuntimeError(f"{self.owner}: its event loop takes no more calls")
-            call = self.adapter.adapt(coroutine)
-            # Before the loop can see it, which may be done with it at once.
-            self._calls.add(call)
-            self._post(self._accept, call)
-            if not self._started:
-                # Only now, with its first call waiting, so that the thread does not go to sleep in between.
-                try:
-                    self._threads.submit(self._run)
-                except BaseException:
-                    self._accepting = False
-                    self._close_loop()
-                    raise
-                self._started = True
-
-    def close(self, wait: Callable[[Future[None], float], bool]) -> None:
-        """Close the loop. Returns at once if nothing is left on it, else waits for at most `timeout` seconds.
-
-        wait: waits for the future, for so many seconds, and tells if it is done. What the loop's tasks need of this
-        thread meanwhile is served there.
-        """
-        if not self._started:
-            self._close_loop()
-            return
-        clean = not self._calls and not self._left_overs() and not self._open_generators()
-        # Unknown (a loop that hides it) counts as used: the thread is then given back only when it is free.
-        if clean and getattr(self.loop, "_default_executor", self) is None:
-            self._given_back = self._threads.give_back()
-        self.close_soon()
-        if not clean and not wait(self.ended, self.timeout):
-            self._give_up()
-
-    def close_soon(self) -> None:
-        """Have the loop thread close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
-        with contextlib.suppress(RuntimeError):  # it is closed already
-            self._post(self._begin_shut_down)
-
-    def _left_overs(self) -> set[asyncio.Task[Any]]:
-        idle = {self._request_task} if self._call is None else set()
-        return asyncio.all_tasks(self.loop) - idle
-
-    def _open_generators(self) -> bool:
-        return any(generator.ag_frame is not None for generator in self._generators.copy())
-
-    def _give_up(self) -> None:
-        # Also while it is logged: the other one that notices goes on only when it has been.
-        with self._lock:
-            if self._given_up or self.ended.done():
-                return
-            self._given_up = True
-            names = sorted(self._describe(task) for task in self._left_overs() if task.get_name() != _SHUT_DOWN)
-            logger.error(
-                "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. Its "
-                "loop thread is not used again. Let a cancelled task end, and keep blocking calls out of async code.",
-                self.owner,
-                self.timeout,
-                ", ".join(names) or "an async generator, or a thread of the loop's default executor",
-            )
-        with contextlib.suppress(RuntimeError):  # it has just been closed after all
-            self._post(self._stop)
-
-    def _describe(self, task: asyncio.Task[Any]) -> str:
-        if task is self._request_task:
-            return f"loop call {self._call.name}" if self._call else "loop call"
-        if task.get_name().startswith("loop call "):
-            return task.get_name()
-        coroutine = task.get_coro()
-        where = getattr(coroutine, "__qualname__", None) or repr(coroutine)
-        code = getattr(coroutine, "cr_code", None)
-        line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-        return f"{task.get_name()} running {where}{line}"
-
-    # --- on the loop thread --------------------------------------------------------------------------------------
-
-    def _run(self) -> bool:
-        try:
-            while not self._stopped:
-                self.loop.call_soon(self._begin, context=contextvars.Context())
-                try:
-                    self.loop.run_forever()
-                except (SystemExit, KeyboardInterrupt):
-                    # Raised by a task. asyncio has also stored it in the task, where whoever awaits the task gets it;
-                    # the loop itself must go on, or its callers would wait for ever.
-                    continue
-        finally:
-            self._end()
-        if self._given_up:
+    def take(self, call: LoopCall, running: RunningLoop) -> bool:
+        """Run `call`. False: another one is running, which waits for this one; or the request is over."""
+        if self._ending or self.call is not None:
             return False
-        return self._given_back or self._threads.give_back()
+        assert call.calls_context is not None
+        self.call = call
+        call.calls_context.follow(contextvars.copy_context())
+        if self.task is None:
+            self.task = running.loop.create_task(
+                self._serve(running), name="wsgi-loop request task", context=contextvars.Context()
+            )
+        elif self._next_call is not None and not self._next_call.done():
+            self._next_call.set_result(None)
+        return True
 
-    def _begin(self) -> None:
-        if self._request_task is None:
-            self._request_task = self.loop.create_task(self._serve(), name="wsgi-loop request task")
-        firstiter = sys.get_asyncgen_hooks().firstiter
+    def end(self) -> None:
+        """Take no more calls, and let the task end with the one that it runs."""
+        self._ending = True
+        if self.call is None and self._next_call is not None and not self._next_call.done():
+            self._next_call.set_result(None)
 
-        def watch(generator: Any) -> None:
-            self._generators.add(generator)
-            if firstiter is not None:
-                firstiter(generator)
-
-        sys.set_asyncgen_hooks(firstiter=watch)
-
-    def _accept(self, call: LoopCall) -> None:
-        call.begin()
-        if call.calls_context is not None and self._call is None and not self._closing:
-            self._call = call
-            call.calls_context.follow(contextvars.copy_context())
-            if self._next_call is not None and not self._next_call.done():
-                self._next_call.set_result(None)
-            return
-        task = self.loop.create_task(call.coroutine, name=f"loop call {call.name}")
-        # Also when it is cancelled before its first step, when none of its own code runs.
-        task.add_done_callback(lambda _: self._finish(call))
-
-    def _finish(self, call: LoopCall) -> None:
-        self._calls.discard(call)
-        call.finish()
-
-    async def _serve(self) -> None:
-        """The request task: one loop call after another, until the loop is closed.
+    async def _serve(self, running: RunningLoop) -> None:
+        """Run one loop call after another.
 
         A cancellation that comes in between belongs to the next call, and is delivered to it as asyncio would: at
         its first suspension. What a call leaves behind of its own (a cancellation that it swallowed, or that came
@@ -387,9 +173,9 @@ class RequestLoop:
         task = asyncio.current_task()
         assert task is not None
         undelivered: asyncio.CancelledError | None = None
-        while not self._closing or self._call is not None:
-            if self._call is None:
-                self._next_call = self.loop.create_future()
+        while not self._ending or self.call is not None:
+            if self.call is None:
+                self._next_call = running.loop.create_future()
                 try:
                     await self._next_call
                 except asyncio.CancelledError as exc:
@@ -403,23 +189,171 @@ class RequestLoop:
                 task.cancel(*undelivered.args)
                 undelivered = None
             try:
-                await self._run_call(self._call)
+                await self._run(self.call)
             finally:
                 while task.cancelling():
                     task.uncancel()
-                if self._call_over is not None:
-                    self._call_over.set_result(None)
-                call, self._call = self._call, None
+                call, self.call = self.call, None
                 # Last, and with nothing here that holds what the call held: its caller goes on at once.
-                self._finish(call)
+                running.finish(call)
                 del call
 
-    async def _run_call(self, call: LoopCall) -> None:
+    async def _run(self, call: LoopCall) -> None:
         assert call.calls_context is not None
         try:
             await run_in_context(call.calls_context.context, call.coroutine)
         except Exception:
             logger.exception("%s: loop call %s could not be answered", self.owner, call.name)
+
+
+class RunningLoop:
+    """One event loop on one leased thread, from its first loop call until its end.
+
+    factory: makes the loop. timeout: seconds that closing waits for cancelled tasks. owner: whom to name in logs.
+    """
+
+    def __init__(self, factory: LoopFactory, timeout: float, owner: str, adapter: Adapter) -> None:
+        self.timeout = timeout
+        self.owner = owner
+        #: Done when the loop is closed and nothing of it runs any more.
+        self.ended: Future[None] = Future()
+        self.thread_id: int | None = None
+        self._adapter = adapter
+        self._threads = threads
+        self._lock = threading.Lock()
+        #: What was handed over and has not ended yet.
+        self._calls: set[LoopCall] = set()
+        #: Those of the requests that are on the loop now.
+        self._request_tasks: set[RequestTask] = set()
+        self._started = False
+        self._accepting = True
+        self._closing = False
+        self._stopped = False
+        self._given_up = False
+        # In an empty context: a loop's own callbacks keep the context that they are made in.
+        self.loop = contextvars.Context().run(factory)
+        self._post: Callable[..., Any] = self.loop.call_soon_threadsafe
+        self.loop.call_soon_threadsafe = self._call_soon_threadsafe  # type: ignore[method-assign, assignment]
+
+    # --- on any thread -------------------------------------------------------------------------------------------
+
+    def _call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
+        """Stands in for the loop's own method, to which asgiref hands a loop call, on the thread that makes it."""
+        if self._adapter.recognizes(args):
+            return self.submit(*args)
+        return self._post(callback, *args, context=context)
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any], adapter: Adapter | None = None) -> None:
+        """Hand a loop call over; from here on it is certain to be answered.
+
+        Raises NoLoop when the loop takes no more calls.
+        """
+        with self._lock:
+            if not self._accepting:
+                raise NoLoop(f"{self.owner}: its event loop takes no more calls")
+            call = (adapter or self._adapter).adapt(coroutine)
+            # Before the loop can see it, which may be done with it at once.
+            self._calls.add(call)
+            self._post(self._accept, call)
+            if not self._started:
+                # Only now, with its first call waiting, so that the thread does not go to sleep in between.
+                self._start()
+
+    def _start(self) -> None:
+        try:
+            self._threads.submit(self._run)
+        except BaseException:
+            self._accepting = False
+            self._close_loop()
+            raise
+        self._started = True
+
+    def close_soon(self) -> None:
+        """Have the loop thread close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self._post(self._begin_shut_down)
+
+    def _left_overs(self) -> set[asyncio.Task[Any]]:
+        idle = {request_task.task for request_task in self._request_tasks.copy() if request_task.call is None}
+        return asyncio.all_tasks(self.loop) - idle
+
+    def _give_up(self) -> None:
+        # Also while it is logged: the other one that notices goes on only when it has been.
+        with self._lock:
+            if self._given_up or self.ended.done():
+                return
+            self._given_up = True
+            self._accepting = False
+            names = sorted(self._describe(task) for task in self._left_overs() if task.get_name() != _SHUT_DOWN)
+            logger.error(
+                "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. Its "
+                "loop thread is not used again. Let a cancelled task end, and keep blocking calls out of async code.",
+                self.owner,
+                self.timeout,
+                ", ".join(names) or "an async generator, or a thread of the loop's default executor",
+            )
+            calls = self._calls.copy()
+            self._calls.clear()
+        for call in calls:
+            call.abandon(f"{self.owner}: its event loop was given up while loop call {call.name} was running")
+        with contextlib.suppress(RuntimeError):  # it has just been closed after all
+            self._post(self._stop)
+
+    def _describe(self, task: asyncio.Task[Any]) -> str:
+        for request_task in self._request_tasks.copy():
+            if task is request_task.task:
+                return f"loop call {request_task.call.name}" if request_task.call else "loop call"
+        if task.get_name().startswith("loop call "):
+            return task.get_name()
+        coroutine = task.get_coro()
+        where = getattr(coroutine, "__qualname__", None) or repr(coroutine)
+        code = getattr(coroutine, "cr_code", None)
+        line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        return f"{task.get_name()} running {where}{line}"
+
+    # --- on the loop thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> bool:
+        self.thread_id = threading.get_ident()
+        try:
+            while not self._stopped:
+                self.loop.call_soon(self._begin, context=contextvars.Context())
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):
+                    # Raised by a task. asyncio has also stored it in the task, where whoever awaits the task gets it;
+                    # the loop itself must go on, or its callers would wait for ever.
+                    continue
+        finally:
+            self._end()
+        return self._return_thread()
+
+    def _return_thread(self) -> bool:
+        return not self._given_up and self._threads.give_back()
+
+    def _begin(self) -> None:
+        """Called when the loop has begun to run, also after it was interrupted."""
+
+    def _accept(self, call: LoopCall) -> None:
+        with self._lock:
+            if call not in self._calls:
+                return  # abandoned
+            call.begin()
+        if call.request_task is not None:
+            self._request_tasks.add(call.request_task)
+            if call.request_task.take(call, self):
+                return
+        task = self.loop.create_task(call.coroutine, name=f"loop call {call.name}")
+        # Also when it is cancelled before its first step, when none of its own code runs.
+        task.add_done_callback(lambda _: self.finish(call))
+
+    def finish(self, call: LoopCall) -> None:
+        """The call has ended: answer it, unless it was abandoned."""
+        with self._lock:
+            if call not in self._calls:
+                return
+            self._calls.remove(call)
+        call.finish()
 
     def _begin_shut_down(self) -> None:
         if not self._closing:
@@ -427,23 +361,35 @@ class RequestLoop:
             self.loop.create_task(self._shut_down(), name=_SHUT_DOWN, context=contextvars.Context())
 
     async def _shut_down(self) -> None:
-        deadline = self.loop.time() + self.timeout
+        keepers = keepers_of(self.loop)
         try:
-            # A left-over task may make loop calls of its own while it ends, so the door closes after that.
+            await self._drain()
+            deadline = self.loop.time() + self.timeout
+            for request_task in self._request_tasks.copy():
+                request_task.end()
+            # What a task uses, and what keeps it open, goes after the task. A left-over task may make loop calls of its
+            # own while it ends, so the door closes after that.
             await self._end_tasks(deadline)
+            await keepers.leave(deadline)
             with self._lock:
                 self._accepting = False
             await self._settle()
             await self._end_tasks(deadline)
-            if self._next_call is not None and not self._next_call.done():
-                self._next_call.set_result(None)
-                await self._settle()
+            await self._release(deadline)
             for shut_down in (self.loop.shutdown_asyncgens, self.loop.shutdown_default_executor):
                 await asyncio.wait_for(shut_down(), max(deadline - self.loop.time(), 0.001))
         except TimeoutError:
             self._give_up()
+        except Exception:
+            logger.exception("%s: closing its event loop failed", self.owner)
         finally:
             self._stop()
+
+    async def _drain(self) -> None:
+        """Wait for what may take its time to end."""
+
+    async def _release(self, deadline: float) -> None:
+        """Give back what belongs to the loop, now that none of its tasks are left."""
 
     async def _settle(self) -> None:
         """Let everything that was handed over become a task, and take its first step: before that it can not answer."""
@@ -453,36 +399,38 @@ class RequestLoop:
     async def _end_tasks(self, deadline: float) -> None:
         if self._given_up or not self._others():
             return
-        if self._given_back:
-            self._given_back = False
-            self._threads.take_back()
         await self._settle()
         tasks = self._others()
         if not tasks:
             return
-        logger.warning(
-            "%s: ended while %d of its tasks still ran, which are cancelled: %s. Await a task before the request ends.",
-            self.owner,
-            len(tasks),
-            ", ".join(sorted(map(self._describe, tasks))),
-        )
+        self._warn(tasks)
         for task in tasks:
             task.cancel()
-        waited_for: set[asyncio.Future[Any]] = set(tasks)
-        if self._request_task in waited_for:
-            self._call_over = self.loop.create_future()
-            waited_for = (waited_for - {self._request_task}) | {self._call_over}
-        _, pending = await asyncio.wait(waited_for, timeout=max(deadline - self.loop.time(), 0))
+        _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
         if pending:
             self._give_up()
         for task in tasks:
             if task.done() and not task.cancelled() and (exc := task.exception()) is not None:
                 self.loop.call_exception_handler(
-                    {"message": "A task that its request left running failed", "exception": exc, "task": task}
+                    {"message": "A task that was left running failed", "exception": exc, "task": task}
                 )
 
+    def _warn(self, tasks: set[asyncio.Task[Any]]) -> None:
+        logger.warning(
+            "%s: ended while %d of its tasks still ran, which are cancelled: %s. %s",
+            self.owner,
+            len(tasks),
+            ", ".join(sorted(map(self._describe, tasks))),
+            self.remedy,
+        )
+
+    #: What to do about left-over tasks.
+    remedy = ""
+
     def _others(self) -> set[asyncio.Task[Any]]:
-        return self._left_overs() - {asyncio.current_task()}
+        tasks = self._left_overs() - {asyncio.current_task()}
+        keepers = keepers_of(self.loop)
+        return tasks if keepers.have_left else {task for task in tasks if not is_kept(task)}
 
     def _stop(self) -> None:
         self._stopped = True
@@ -502,7 +450,9 @@ class RequestLoop:
             # It was named in an error already; asyncio would name it once more.
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         for call in list(self._calls):
-            self._finish(call)
+            self.finish(call)
+        self._request_tasks.clear()
+        keepers_of(self.loop).drop()
         self._close_loop()
         self.ended.set_result(None)
 
@@ -511,3 +461,231 @@ class RequestLoop:
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
         self.loop.__dict__.pop("call_soon_threadsafe", None)
+
+
+class RequestLoop(RunningLoop):
+    """The loop of one request: closed with it, and with whatever was left on it."""
+
+    remedy = (
+        "Await a task before the request ends, or start it with wsgi_loop.create_background_task() if it may outlive "
+        "the request."
+    )
+
+    def __init__(self, factory: LoopFactory, timeout: float, owner: str, adapter: Adapter) -> None:
+        self._given_back = False
+        self._generators: weakref.WeakSet[Any] = weakref.WeakSet()
+        super().__init__(factory, timeout, owner, adapter)
+
+    def close(self, wait: Callable[[Future[None], float], bool]) -> None:
+        """Close the loop. Returns at once if nothing is left on it, else waits for at most `timeout` seconds.
+
+        wait: waits for the future, for so many seconds, and tells if it is done. What the loop's tasks need of this
+        thread meanwhile is served there.
+        """
+        if not self._started:
+            self._close_loop()
+            return
+        clean = not self._calls and not self._left_overs() and not self._open_generators()
+        # Unknown (a loop that hides it) counts as used: the thread is then given back only when it is free.
+        if clean and getattr(self.loop, "_default_executor", self) is None:
+            self._given_back = self._threads.give_back()
+        self.close_soon()
+        if not clean and not wait(self.ended, self.timeout):
+            self._give_up()
+
+    def _open_generators(self) -> bool:
+        return any(generator.ag_frame is not None for generator in self._generators.copy())
+
+    def _return_thread(self) -> bool:
+        return not self._given_up and (self._given_back or self._threads.give_back())
+
+    def _begin(self) -> None:
+        firstiter = sys.get_asyncgen_hooks().firstiter
+
+        def watch(generator: Any) -> None:
+            self._generators.add(generator)
+            if firstiter is not None:
+                firstiter(generator)
+
+        sys.set_asyncgen_hooks(firstiter=watch)
+
+    async def _end_tasks(self, deadline: float) -> None:
+        if self._given_back and self._others():
+            self._given_back = False
+            self._threads.take_back()
+        await super()._end_tasks(deadline)
+
+
+class ProcessLoop(RunningLoop):
+    """The loop of a whole process, on which many requests are at a time.
+
+    lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks: how
+    many may be in flight. release: called, and what it returns awaited, when no task is left.
+    """
+
+    remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
+
+    def __init__(
+        self,
+        factory: LoopFactory,
+        timeout: float,
+        adapter: Adapter,
+        lifespan: AsyncContextFactory | None,
+        max_background_tasks: int,
+        release: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        #: Done when calls may come; fails with what the lifespan raised.
+        self.ready: Future[None] = Future()
+        self._lifespan = lifespan
+        self._release_resources = release
+        self._max_background_tasks = max_background_tasks
+        #: What to call the background tasks in logs: by their futures, and by themselves.
+        self._background: dict[Future[Any], str] = {}
+        self._descriptions: dict[asyncio.Task[Any], str] = {}
+        super().__init__(factory, timeout, "The process loop", adapter)
+
+    # --- on any thread -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the loop's thread. Raises `NoThread` if it can not be started."""
+        with self._lock:
+            self._post(self._open_soon, context=contextvars.Context())
+            self._start()
+
+    def start_background_task(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        wrap: Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]],
+        name: str,
+        description: str,
+        context: contextvars.Context,
+    ) -> Future[Any]:
+        """Run `wrap(coroutine)` in a task, in `context`. Returns a future of what it returns.
+
+        Raises RuntimeError when there are too many, or the loop takes no more.
+        """
+        future: Future[Any] = Future()
+
+        def start() -> None:
+            task = self.loop.create_task(wrap(coroutine), name=name, context=context)
+            self._descriptions[task] = description
+            task.add_done_callback(lambda task: self._end_background_task(task, coroutine, future))
+            future.add_done_callback(lambda future: future.cancelled() and self._cancel_soon(task))
+
+        with self._lock:
+            if not self._accepting:
+                raise NoLoop(f"{self.owner} has ended, as this process is about to")
+            if len(self._background) >= self._max_background_tasks:
+                names = Counter(self._background.values()).most_common(3)
+                raise RuntimeError(
+                    f"{len(self._background)} background tasks are in flight in this process, as many as "
+                    f"WSGI_LOOP['MAX_BACKGROUND_TASKS'] allows. Most of them: "
+                    f"{', '.join(f'{number} x {name}' for name, number in names)}. Use a task queue, or raise the bound."
+                )
+            self._background[future] = description
+            self._post(start, context=contextvars.Context())
+        return future
+
+    def _cancel_soon(self, task: asyncio.Task[Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._post(task.cancel, context=contextvars.Context())
+
+    def _give_up(self) -> None:
+        super()._give_up()
+        for future in list(self._background):
+            self._settle_future(future, CancelledError(f"{self.owner} was given up"))
+
+    def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
+        self._background.pop(future, None)
+        with contextlib.suppress(InvalidStateError):  # it was cancelled, or given up
+            if exception is None:
+                future.set_result(result)
+            else:
+                future.set_exception(exception)
+
+    def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
+        """End a request's task. Waits, for at most `timeout` seconds, if a loop call that nobody waits for runs in it."""
+        ended: Future[None] = Future()
+        clean = request_task.call is None
+        try:
+            self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
+        except RuntimeError:
+            return  # the loop is closed
+        if not clean and not wait(ended, self.timeout):
+            logger.error(
+                "%s: loop call %s was still running %s s (SHUTDOWN_TIMEOUT) after it was cancelled, and is given up. "
+                "Let a cancelled task end, and keep blocking calls out of async code.",
+                request_task.owner,
+                request_task.call.name if request_task.call else "",
+                self.timeout,
+            )
+
+    def leave_soon(self, request_task: RequestTask) -> None:
+        """The same, and wait for nothing. Takes no lock: a finalizer may call it."""
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self._post(self._end_request_task, request_task, Future(), context=contextvars.Context())
+
+    def shut_down(self) -> None:
+        """Close the loop, and wait for that: for what still runs for `timeout` seconds, for what is cancelled as long."""
+        self.close_soon()
+        with contextlib.suppress(TimeoutError):
+            self.ended.result(2 * self.timeout + 1)
+        self._give_up()
+
+    # --- on the loop thread --------------------------------------------------------------------------------------
+
+    def _open_soon(self) -> None:
+        self.loop.create_task(self._open(), name="wsgi-loop start", context=contextvars.Context())
+
+    async def _open(self) -> None:
+        try:
+            if self._lifespan is not None:
+                await keepers_of(self.loop).get("LIFESPAN", self._lifespan)
+        except BaseException as exc:
+            logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
+            with self._lock:
+                self._accepting = False
+            self.ready.set_exception(exc)
+            self._begin_shut_down()
+        else:
+            self.ready.set_result(None)
+
+    def _end_request_task(self, request_task: RequestTask, ended: Future[None]) -> None:
+        self._request_tasks.discard(request_task)
+        task, call = request_task.task, request_task.call
+        request_task.end()
+        if task is None or task.done():
+            ended.set_result(None)
+            return
+        task.add_done_callback(lambda _: ended.set_result(None))
+        if call is not None:
+            logger.warning("%s: ended while loop call %s still ran, which is cancelled.", request_task.owner, call.name)
+            task.cancel()
+
+    def _describe(self, task: asyncio.Task[Any]) -> str:
+        return self._descriptions.get(task) or super()._describe(task)
+
+    def _end_background_task(
+        self, task: asyncio.Task[Any], coroutine: Coroutine[Any, Any, Any], future: Future[Any]
+    ) -> None:
+        description = self._descriptions.pop(task)
+        # It was never started if the task was cancelled before its first step.
+        coroutine.close()
+        if task.cancelled():
+            self._settle_future(future, CancelledError(f"The {description} was cancelled"))
+            return
+        exception = task.exception()
+        if exception is not None:
+            logger.error("The %s failed", description, exc_info=exception)
+        self._settle_future(future, exception, None if exception else task.result())
+
+    async def _drain(self) -> None:
+        deadline = self.loop.time() + self.timeout
+        while tasks := self._others():
+            _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
+            if pending:
+                return
+            await self._settle()
+
+    async def _release(self, deadline: float) -> None:
+        await asyncio.wait_for(self._release_resources(), max(deadline - self.loop.time(), 0.001))

@@ -1,6 +1,6 @@
 """The life of one request: its context, its event loop if a loop call ever asks for one, and its end, exactly once.
 
-Knows nothing of HTTP, and leaves the loop to `loops` and what asgiref needs to `bridge`.
+Knows nothing of HTTP, and leaves the loop to `loops` and `process`, and what asgiref needs to `bridge`.
 
 Who owns what: the request's handler and response own the scope, the scope owns the request context and the loop. Each
 entry (`run`) takes the context and this thread's thread-locals for its own time only, so that a server may open and
@@ -16,18 +16,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from django.core.exceptions import ImproperlyConfigured
-
 from . import bridge
-from .bridge import LOOP, LOOP_PID, threadlocal
+from .bridge import LOOP, LOOP_PID, SCOPE, threadlocal
 from .conf import Options
+from .loops import NoLoop
+from .process import get_process_loop
+from .threads import NoThread
 
 R = TypeVar("R")
 T = TypeVar("T")
 ThreadState = dict[str, Any]
-
-#: Where the scope that a thread is in stands on it once it has a loop; before that, it is the loop.
-SCOPE = "wsgi_loop.scope"
 
 # Re-entrant: the garbage collector may close a response while this thread is making a loop.
 _making_loop = threading.RLock()
@@ -57,8 +55,9 @@ class RequestScope:
     #: The thread on which what the context's `Local`s hold can be seen. Threads are told apart by what asgiref keeps on
     #: them, which costs less to get than an identifier.
     _home: ThreadState
-    _calls: bridge.RequestCalls | None = None
+    calls: bridge.RequestCalls | None = None
 
+    @property
     def owner(self) -> str:
         """Whom to name in logs."""
         return str(self.subject)
@@ -87,7 +86,7 @@ class RequestScope:
         """Call `function` inside the request, with one argument, and `close` it."""
         thread = threadlocal.__dict__
         context = self._context
-        if thread or thread is not self._home or self._calls is not None or context is None:
+        if thread or thread is not self._home or self.calls is not None or context is None:
             try:
                 self.run(function, argument)
             finally:
@@ -104,7 +103,7 @@ class RequestScope:
         finally:
             thread.clear()
             self._context = None
-            if self._calls is not None:
+            if self.calls is not None:
                 self.close()
 
     def run(self, function: Callable[..., R], /, *args: Any) -> R:
@@ -129,9 +128,9 @@ class RequestScope:
     def _enter(
         self, thread: ThreadState, context: contextvars.Context, function: Callable[..., R], args: tuple[Any, ...]
     ) -> R:
-        with self._standing_on(thread):
-            if self._calls is not None:
-                self._calls.executor.serve()
+        with self.standing_on(thread):
+            if self.calls is not None:
+                self.calls.executor.serve()
             try:
                 return context.run(function, *args)
             except RuntimeError as exc:
@@ -141,7 +140,7 @@ class RequestScope:
             return context.run(function, *args)
 
     @contextlib.contextmanager
-    def _standing_on(self, thread: ThreadState) -> Iterator[None]:
+    def standing_on(self, thread: ThreadState) -> Iterator[None]:
         """Make this what async_to_sync finds on the thread, which is left as it was found.
 
         Nothing of that shows in between: `task_context`, which asgiref never takes off a thread, would tie this
@@ -161,49 +160,56 @@ class RequestScope:
         """Close the request's loop, if it has one, and let go of its context. Further calls do nothing."""
         # What the request stored in the context may lead back to this scope: the request itself, the response.
         self._context = None
-        if self._calls is not None:
+        if self.calls is not None:
             with _making_loop:
-                calls, self._calls = self._calls, None
+                calls, self.calls = self.calls, None
             if calls is not None:
-                with self._standing_on(threadlocal.__dict__):
+                with self.standing_on(threadlocal.__dict__):
                     calls.close()
 
     def call_soon_threadsafe(self, callback: Any, coroutine: Any) -> None:
         """Hand asgiref's coroutine to the request's loop, and make the loop if this is the first one.
 
-        Raises RuntimeError after `close`: asgiref then makes a loop of its own.
+        Raises RuntimeError when there is no loop any more: asgiref then makes one of its own.
         """
+        calls = self.calls
+        if calls is None:
+            try:
+                calls = self._make_calls()
+            except NoLoop:
+                raise
+            except BaseException as exc:
+                # Not raised here: asgiref would take a RuntimeError for a closed loop.
+                bridge.answer(coroutine, exc)
+                return
         try:
-            (self._calls or self._make_loop()).loop.submit(coroutine)
-        except RuntimeError:
-            raise
-        except BaseException:
-            bridge.discard(coroutine)
-            raise
+            calls.submit(coroutine)
+        except NoThread as exc:
+            bridge.answer(coroutine, exc)
 
-    def _make_loop(self) -> bridge.RequestCalls:
+    def _make_calls(self) -> bridge.RequestCalls:
+        if self._context is None:
+            raise NoLoop("The request is over")
+        options = self.options
+        process_loop = get_process_loop(lambda: options) if options.scope == "process" else None
         with _making_loop:
-            if self._calls is None:
-                if self._context is None:
-                    raise RuntimeError("The request is over")
-                options = self.options
+            if self.calls is None:
                 # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
                 threadlocal.__dict__[SCOPE] = self
-                try:
-                    self._calls = bridge.RequestCalls(options.loop_factory, options.shutdown_timeout, self.owner())
-                except RuntimeError as exc:
-                    # Which asgiref would take for a closed loop, and go on with one of its own.
-                    raise ImproperlyConfigured(f"The event loop could not be made: {exc}") from exc
+                if process_loop is not None:
+                    self.calls = bridge.SharedLoop(self.owner, options, process_loop)
+                else:
+                    self.calls = bridge.OwnLoop(self.owner, options)
                 if self._context is None:
-                    # By another thread, which looked for a loop before there was one.
-                    calls, self._calls = self._calls, None
+                    # Closed by another thread, which looked for a loop before there was one.
+                    calls, self.calls = self.calls, None
                     calls.close()
-                    raise RuntimeError("The request is over")
-            return self._calls
+                    raise NoLoop("The request is over")
+            return self.calls
 
 
 def current_scope() -> RequestScope | None:
-    """The scope that this thread is in."""
+    """The scope that this thread is in, if it is of this process, and not of the one that it was forked from."""
     thread = threadlocal.__dict__
     scope = thread.get(SCOPE, thread.get(LOOP))
-    return scope if isinstance(scope, RequestScope) else None
+    return scope if isinstance(scope, RequestScope) and thread.get(LOOP_PID) == bridge.pid else None

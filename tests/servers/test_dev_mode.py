@@ -23,7 +23,7 @@ import django
 from asgiref.sync import async_to_sync, sync_to_async
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 
-from wsgi_loop.loops import MAX_IDLE_THREADS
+from wsgi_loop.threads import MAX_IDLE_THREADS
 
 from ..support import Server, call_here, eventually, here, loop_threads, serve
 

@@ -1,0 +1,63 @@
+"""Background tasks: what may outlive its request, on the process loop. Knows Django's connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from django.core.cache.backends.base import BaseCache
+from django.db import connections
+
+from . import bridge
+from .conf import Options, get_options
+from .process import get_process_loop
+from .scope import current_scope
+
+T = TypeVar("T")
+
+
+def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = None) -> Future[T]:
+    """Run a coroutine on the process loop: it starts at once, and may outlive the request.
+
+    It runs in a copy of the current context, as `asyncio.create_task` has it, but what it calls with `sync_to_async`,
+    and its ORM calls, run on a thread of its own with a database connection of its own, which is closed with the task.
+    So it is outside of the request's transaction: start it in `transaction.on_commit` if it reads what that writes.
+    It is not a task queue: nothing is tried again, and what the end of the process interrupts is lost, with a warning
+    that names it. There it has `SHUTDOWN_TIMEOUT` seconds to come to an end.
+
+    name: for the log, and for the task itself; that of the coroutine if it is not given. An exception is logged.
+
+    Returns a future, for whoever wants to wait or to cancel; in async code, `asyncio.wrap_future` makes it awaitable.
+    Raises TypeError if it is not given a coroutine, RuntimeError if `MAX_BACKGROUND_TASKS` are in flight or the process
+    is ending, and what the setting `LIFESPAN` raises if this is the first use of the process loop.
+    """
+    if not asyncio.iscoroutine(coro):
+        raise TypeError(
+            f"create_background_task() takes a coroutine, such as send(mail) of an async def, not {coro!r}."
+        )
+    name = name or coro.__qualname__
+    description = f"background task {name}"
+    get: Callable[[], Options] = get_options
+    request = current_scope() or bridge.request_executor()
+    if request is not None:
+        options = request.options
+        get = lambda: options  # noqa: E731
+        description += f" of {request.owner}"
+    try:
+        running = get_process_loop(get)
+        assert running.thread_id is not None
+        context = bridge.detached_context(running.thread_id, _is_connection)
+        return running.start_background_task(coro, _on_own_thread, name, description, context)
+    except BaseException:
+        coro.close()
+        raise
+
+
+def _on_own_thread(coro: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    return bridge.run_on_own_thread(coro, connections.close_all)
+
+
+def _is_connection(value: object) -> bool:
+    return isinstance(value, BaseCache) or (hasattr(value, "alias") and hasattr(value, "close"))

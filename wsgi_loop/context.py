@@ -1,0 +1,67 @@
+"""The loop, thread and task of a request where there is no request: commands, task workers, scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import os
+import threading
+from types import TracebackType
+from typing import Any
+
+from .bridge import LOOP, LOOP_PID, threadlocal
+from .conf import Options, get_options
+from .scope import RequestScope
+
+
+class EventLoopContext(contextlib.ContextDecorator):
+    """Run every `async_to_sync` call of a `with` block, or of a sync function, on one event loop and in one task.
+
+    For management commands, Celery tasks, workers of `django.tasks` and scripts. Takes the options of
+    `get_wsgi_application`: in scope "request" the loop is closed at the end of the block, in scope "process" it is the
+    process loop, and stays. Where a loop is there already, in a request or inside another block, that one is joined. A
+    block does not have a context of its own: what is set in it in a contextvar stays set.
+
+    Raises ImproperlyConfigured, when it is made, for an option that is not accepted.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = get_options("EventLoopContext()", **options)
+        #: On each thread, what has been entered and not been left.
+        self._entered = threading.local()
+
+    def __enter__(self) -> None:
+        stack: list[contextlib.ExitStack] = self._entered.__dict__.setdefault("stack", [])
+        exits = contextlib.ExitStack()
+        if not _has_loop():
+            scope = _BlockScope(self._options)
+            exits.enter_context(scope.standing_on(threadlocal.__dict__))
+            exits.callback(scope.close)
+        stack.append(exits)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._entered.stack.pop().close()
+
+
+class _BlockScope(RequestScope):
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.subject = f"EventLoopContext on thread {threading.current_thread().name!r}"
+        # No code runs in it. A scope without one is over.
+        self._context = contextvars.Context()
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        thread = threadlocal.__dict__
+        # Also a scope that stands for a loop. A forked child does not have its parent's.
+        return LOOP in thread and thread.get(LOOP_PID) == os.getpid()
+    return True

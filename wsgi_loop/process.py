@@ -1,0 +1,80 @@
+"""The process loop: started at its first use, and closed when the process ends.
+
+A forked child has no process loop until it uses one, and never touches its parent's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+from django.db import connections
+
+from . import bridge
+from .conf import Options
+from .loops import NoLoop, ProcessLoop
+
+_lock = threading.RLock()
+_loop: ProcessLoop | None = None
+#: A forked child's parent's: kept, for to collect it would close what the parent uses.
+_inherited: list[ProcessLoop] = []
+_ended = False
+
+
+def _after_fork() -> None:
+    global _lock, _loop
+    _lock = threading.RLock()
+    if _loop is not None:
+        _inherited.append(_loop)
+        _loop = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def get_process_loop(options: Callable[[], Options]) -> ProcessLoop:
+    """Return the loop of this process. The first use starts it with `options`, and waits for its lifespan.
+
+    Raises what the lifespan raises, and the next use starts another loop; `NoLoop` when the process is ending.
+    """
+    global _loop
+    running = _loop
+    if running is None or (running.ready.done() and running.ready.exception() is not None):
+        with _lock:
+            if _ended:
+                raise NoLoop("The process is about to end")
+            if _loop is running:
+                _loop = _start(options())
+            running = _loop
+            assert running is not None
+    # What the lifespan itself starts can not wait for it.
+    if threading.get_ident() != running.thread_id:
+        running.ready.result()
+    return running
+
+
+def _start(options: Options) -> ProcessLoop:
+    running = bridge.make_process_loop(options, connections.close_all)
+    running.start()
+    return running
+
+
+def shut_down() -> None:
+    """Close the process loop, as at the end of the process: the next use starts another one."""
+    global _loop
+    with _lock:
+        running, _loop = _loop, None
+    if running is not None:
+        running.shut_down()
+
+
+def _at_exit() -> None:
+    global _ended
+    _ended = True
+    shut_down()
+
+
+# atexit is too late: by then no thread takes on work any more, which ORM calls and the resolving of host names need.
+threading._register_atexit(_at_exit)  # type: ignore[attr-defined]

@@ -1,0 +1,184 @@
+"""Async resources that live as long as their event loop: `PerLoop`, and the keepers that hold them open.
+
+Knows asyncio, and nothing of Django, requests or threads. A loop of ours closes its keepers when its tasks have ended
+(`Keepers.leave`). A loop of `asyncio.run`, or of an ASGI server, cancels all of its tasks at its end, and so the keepers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Hashable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+AsyncContextFactory = Callable[[], AbstractAsyncContextManager[Any]]
+
+logger = logging.getLogger("wsgi_loop")
+
+
+class PerLoop(Generic[T]):
+    """An async resource of which each event loop has its own, opened at its first use and closed with the loop.
+
+    factory: called on the loop, with nothing; returns an async context manager, such as a client of httpx or redis. It
+    is entered and left in one task, so it may hold a task group, and in an empty context.
+
+        client = PerLoop(httpx.AsyncClient)
+
+        async def view(request):
+            response = await (await client()).get("https://example.com/")
+
+    In scope "request" that is one client for each request, in scope "process" one for each worker. Under
+    `asyncio.run`, or an ASGI server, it is one for each loop as well.
+    """
+
+    def __init__(self, factory: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+        if not callable(factory):
+            raise TypeError(
+                f"PerLoop() takes a callable that returns an async context manager, such as httpx.AsyncClient, not "
+                f"{factory!r}."
+            )
+        self._factory = factory
+
+    def __repr__(self) -> str:
+        return f"PerLoop({getattr(self._factory, '__qualname__', self._factory)})"
+
+    async def __call__(self) -> T:
+        """Return the running loop's resource: what its `async with` gives.
+
+        Raises what the factory raises, which is then called again at the next use; TypeError if it returns no async
+        context manager; and RuntimeError when the loop is closing and has closed its resources.
+        """
+        value: T = await keepers_of(asyncio.get_running_loop()).get(self, self._factory)
+        return value
+
+
+class Keeper:
+    """A task that enters an async context manager, holds it open, and leaves it."""
+
+    def __init__(self, keepers: Keepers, key: Hashable, factory: AsyncContextFactory) -> None:
+        loop = asyncio.get_running_loop()
+        self.entered: asyncio.Future[Any] = loop.create_future()
+        self._time_to_leave: asyncio.Future[None] = loop.create_future()
+        context = contextvars.Context()
+        context.run(kept.set, True)
+        self.task = loop.create_task(self._keep(keepers, key, factory), name=f"keeper of {key}", context=context)
+
+    def leave(self) -> None:
+        """Ask it to end; what has not been entered yet is cancelled."""
+        if self.entered.done():
+            if not self._time_to_leave.done():
+                self._time_to_leave.set_result(None)
+        else:
+            self.task.cancel()
+
+    async def _keep(self, keepers: Keepers, key: Hashable, factory: AsyncContextFactory) -> None:
+        try:
+            manager = factory()
+            if not hasattr(manager, "__aenter__") or not hasattr(manager, "__aexit__"):
+                if asyncio.iscoroutine(manager):
+                    manager.close()
+                raise TypeError(
+                    f"The factory of {key} has to return an async context manager, and returned {manager!r}."
+                )
+            async with manager as value:
+                self.entered.set_result(value)
+                del value
+                try:
+                    await self._time_to_leave
+                except asyncio.CancelledError:
+                    # By whoever ends all tasks of the loop: what was entered later may use this one.
+                    later = keepers.entered_after(self)
+                    if later := {keeper.task for keeper in later if keeper.task.cancelling()}:
+                        await asyncio.wait(later)
+                    raise
+        except asyncio.CancelledError:
+            keepers.closed = True
+            self.entered.cancel()
+            raise
+        except BaseException as exc:
+            if not self.entered.done():
+                self.entered.set_exception(exc)
+            else:
+                logger.exception("%s failed while it was open, or when it was closed", key)
+            if not isinstance(exc, Exception):
+                raise
+        finally:
+            keepers.forget(key, self)
+
+
+class Keepers:
+    """The keepers of one loop, in the order in which they were entered. Used on the loop thread alone."""
+
+    def __init__(self) -> None:
+        #: Nothing can be entered any more.
+        self.closed = False
+        #: And all that was entered has been left.
+        self.have_left = False
+        self._keepers: dict[Hashable, Keeper] = {}
+
+    async def get(self, key: Hashable, factory: AsyncContextFactory) -> Any:
+        """Return what the async context manager gives, which the first use enters."""
+        keeper = self._keepers.get(key)
+        if keeper is None:
+            if self.closed:
+                raise RuntimeError(
+                    f"{key} was used when its event loop had closed it: use it before the request, or the process, ends."
+                )
+            keeper = self._keepers[key] = Keeper(self, key, factory)
+        if keeper.entered.done():
+            return keeper.entered.result()
+        # One that waits may be cancelled; the others go on waiting.
+        return await asyncio.shield(keeper.entered)
+
+    async def leave(self, deadline: float) -> None:
+        """Leave them all, the last one first. Raises TimeoutError at `deadline`, a time of the loop."""
+        self.closed = True
+        while self._keepers:
+            keeper = list(self._keepers.values())[-1]
+            keeper.leave()
+            await asyncio.wait({keeper.task}, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
+            if not keeper.task.done():
+                raise TimeoutError
+        self.have_left = True
+
+    def entered_after(self, keeper: Keeper) -> list[Keeper]:
+        keepers = list(self._keepers.values())
+        return keepers[keepers.index(keeper) + 1 :]
+
+    def forget(self, key: Hashable, keeper: Keeper) -> None:
+        if self._keepers.get(key) is keeper:
+            del self._keepers[key]
+
+    def drop(self) -> None:
+        """The loop is closed; what has not been left by now never will be."""
+        self.closed = True
+        self._keepers.clear()
+
+
+#: Set in a keeper's context, and so in that of all tasks which its resource starts.
+kept: contextvars.ContextVar[bool] = contextvars.ContextVar("wsgi_loop.kept", default=False)
+
+# No lock: only a loop's own thread asks for its keepers. A loop is held by its keepers until they have left.
+_keepers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Keepers] = weakref.WeakKeyDictionary()
+
+
+def keepers_of(loop: asyncio.AbstractEventLoop) -> Keepers:
+    """Return the keepers of `loop`. To be called on its thread."""
+    keepers = _keepers.get(loop)
+    if keepers is None:
+        keepers = _keepers[loop] = Keepers()
+    return keepers
+
+
+def is_kept(task: asyncio.Task[Any]) -> bool:
+    """Tell if the task is a keeper, or was started by what one holds open."""
+    if hasattr(task, "get_context"):  # from Python 3.12 on
+        return bool(task.get_context().get(kept))
+    # Python 3.11 does not tell, but a task holds its context.
+    contexts = [held for held in gc.get_referents(task) if isinstance(held, contextvars.Context)]
+    return any(context.get(kept) for context in contexts)
