@@ -34,10 +34,8 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
     is ending, and what the setting `LIFESPAN` raises if this is the first use of the process loop.
     """
     if not asyncio.iscoroutine(coro):
-        raise TypeError(
-            f"create_background_task() takes a coroutine, such as send(mail) of an async def, not {coro!r}."
-        )
-    name = name or coro.__qualname__
+        raise TypeError(f"create_background_task() takes a coroutine, what calling an async def returns, not {coro!r}.")
+    name = name or str(getattr(coro, "__qualname__", coro))
     description = f"background task {name}"
     get: Callable[[], Options] = get_options
     request = current_scope() or bridge.request_executor()

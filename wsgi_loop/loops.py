@@ -519,8 +519,8 @@ class RequestLoop(RunningLoop):
 class ProcessLoop(RunningLoop):
     """The loop of a whole process, on which many requests are at a time.
 
-    lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks: how
-    many may be in flight. release: called, and what it returns awaited, when no task is left.
+    lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks:
+    how many may be in flight. release: called, and what it returns awaited, when no task is left.
     """
 
     remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
@@ -570,7 +570,7 @@ class ProcessLoop(RunningLoop):
             task = self.loop.create_task(wrap(coroutine), name=name, context=context)
             self._descriptions[task] = description
             task.add_done_callback(lambda task: self._end_background_task(task, coroutine, future))
-            future.add_done_callback(lambda future: future.cancelled() and self._cancel_soon(task))
+            future.add_done_callback(lambda future: self._cancel_soon(task) if future.cancelled() else None)
 
         with self._lock:
             if not self._accepting:
@@ -579,8 +579,8 @@ class ProcessLoop(RunningLoop):
                 names = Counter(self._background.values()).most_common(3)
                 raise RuntimeError(
                     f"{len(self._background)} background tasks are in flight in this process, as many as "
-                    f"WSGI_LOOP['MAX_BACKGROUND_TASKS'] allows. Most of them: "
-                    f"{', '.join(f'{number} x {name}' for name, number in names)}. Use a task queue, or raise the bound."
+                    f"WSGI_LOOP['MAX_BACKGROUND_TASKS'] allows. Most: "
+                    f"{', '.join(f'{number} x {name}' for name, number in names)}. Use a task queue, or raise it."
                 )
             self._background[future] = description
             self._post(start, context=contextvars.Context())
@@ -604,7 +604,7 @@ class ProcessLoop(RunningLoop):
                 future.set_exception(exception)
 
     def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
-        """End a request's task. Waits, for at most `timeout` seconds, if a loop call that nobody waits for runs in it."""
+        """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
         ended: Future[None] = Future()
         clean = request_task.call is None
         try:
@@ -626,7 +626,7 @@ class ProcessLoop(RunningLoop):
             self._post(self._end_request_task, request_task, Future(), context=contextvars.Context())
 
     def shut_down(self) -> None:
-        """Close the loop, and wait for that: for what still runs for `timeout` seconds, for what is cancelled as long."""
+        """Close the loop. Waits at most `timeout` seconds for what runs, and as long again for what it then cancels."""
         self.close_soon()
         with contextlib.suppress(TimeoutError):
             self.ended.result(2 * self.timeout + 1)

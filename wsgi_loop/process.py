@@ -5,6 +5,7 @@ A forked child has no process loop until it uses one, and never touches its pare
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - what it does at the end of the process is to come after ours
 import os
 import threading
 from collections.abc import Callable

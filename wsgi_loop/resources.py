@@ -1,7 +1,7 @@
 """Async resources that live as long as their event loop: `PerLoop`, and the keepers that hold them open.
 
 Knows asyncio, and nothing of Django, requests or threads. A loop of ours closes its keepers when its tasks have ended
-(`Keepers.leave`). A loop of `asyncio.run`, or of an ASGI server, cancels all of its tasks at its end, and so the keepers.
+(`Keepers.leave`). `asyncio.run`, or an ASGI server, cancels all tasks at the loop's end, and with them the keepers.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class Keeper:
             if not hasattr(manager, "__aenter__") or not hasattr(manager, "__aexit__"):
                 if asyncio.iscoroutine(manager):
                     manager.close()
-                raise TypeError(
-                    f"The factory of {key} has to return an async context manager, and returned {manager!r}."
-                )
+                raise TypeError(f"The factory of {key} returned {manager!r}, which is not an async context manager.")
             async with manager as value:
                 self.entered.set_result(value)
                 del value
@@ -92,8 +90,8 @@ class Keeper:
                     await self._time_to_leave
                 except asyncio.CancelledError:
                     # By whoever ends all tasks of the loop: what was entered later may use this one.
-                    later = keepers.entered_after(self)
-                    if later := {keeper.task for keeper in later if keeper.task.cancelling()}:
+                    later = {keeper.task for keeper in keepers.entered_after(self) if keeper.task.cancelling()}
+                    if later:
                         await asyncio.wait(later)
                     raise
         except asyncio.CancelledError:
@@ -127,7 +125,7 @@ class Keepers:
         if keeper is None:
             if self.closed:
                 raise RuntimeError(
-                    f"{key} was used when its event loop had closed it: use it before the request, or the process, ends."
+                    f"{key} was used when its event loop had closed it. Use it before the request or the process ends."
                 )
             keeper = self._keepers[key] = Keeper(self, key, factory)
         if keeper.entered.done():
@@ -181,4 +179,4 @@ def is_kept(task: asyncio.Task[Any]) -> bool:
         return bool(task.get_context().get(kept))
     # Python 3.11 does not tell, but a task holds its context.
     contexts = [held for held in gc.get_referents(task) if isinstance(held, contextvars.Context)]
-    return any(context.get(kept) for context in contexts)
+    return any(context.get(kept, False) for context in contexts)
