@@ -84,6 +84,10 @@ class Server:
             response.close()
 
 
+#: Options of the handler in tests that give none.
+default_options: dict[str, Any] = {}
+
+
 class serve(override_settings):
     """Serve `view` at every URL, with `middleware` around it; a context manager that gives a `Server`.
 
@@ -107,6 +111,8 @@ class serve(override_settings):
                 names.append(f"tests.served.middleware{number}")
         sys.modules["tests.served"] = module
         settings = {key: options.pop(key) for key in list(options) if key.isupper()}
+        if handler is wsgi_loop.WSGIHandler:
+            options = default_options | options
         self._make = lambda: Server(handler(**options))
         super().__init__(ROOT_URLCONF=module, MIDDLEWARE=names, **settings)
 

@@ -272,8 +272,9 @@ class AsgirefCall(LoopCall):
 
     def abandon(self, message: str) -> None:
         if not self._begun:
-            self.finish()
-            return
+            self.coroutine.close()
+            self.begin()
+            close(self._awaitable)
         self._answer.set_exception(RuntimeError(message))
         self._answer.deliver()  # type: ignore[attr-defined]
 

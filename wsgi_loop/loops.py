@@ -606,7 +606,7 @@ class ProcessLoop(RunningLoop):
     def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
         """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
         ended: Future[None] = Future()
-        clean = request_task.call is None
+        clean = request_task.call is None or self._given_up
         try:
             self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
         except RuntimeError:

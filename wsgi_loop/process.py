@@ -65,10 +65,13 @@ def _start(options: Options) -> ProcessLoop:
 def shut_down() -> None:
     """Close the process loop, as at the end of the process: the next use starts another one."""
     global _loop
-    with _lock:
-        running, _loop = _loop, None
+    running = _loop
     if running is not None:
+        # It stays the process loop meanwhile: a background task may start another one.
         running.shut_down()
+        with _lock:
+            if _loop is running:
+                _loop = None
 
 
 def _at_exit() -> None:

@@ -1,0 +1,606 @@
+"""Scope "process": what a process loop does that a request's own loop does not, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync, sync_to_async
+from django.http import HttpResponse
+
+from wsgi_loop import EventLoopContext, PerLoop, create_background_task, process
+
+from .support import Place, call_here, eventually, here, in_thread, loop_threads, serve
+
+ROOT = Path(__file__).parent.parent
+Connect = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _new_process_loop() -> Iterator[None]:
+    process.shut_down()
+    yield
+    process.shut_down()
+
+
+def on_threads(number: int, function: Callable[[], Any]) -> list[Any]:
+    """Call `function` on so many threads at once."""
+    barrier = threading.Barrier(number)
+
+    def run(_: int) -> Any:
+        barrier.wait(30)
+        return function()
+
+    with ThreadPoolExecutor(number) as executor:
+        return list(executor.map(run, range(number)))
+
+
+def run_script(code: str, *flags: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a script of its own process, with Django set up, and wait for its end."""
+    preamble = "import django, asyncio, time, threading, wsgi_loop\ndjango.setup()\n"
+    environment = os.environ | {"DJANGO_SETTINGS_MODULE": "tests.settings", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *flags, "-c", preamble + textwrap.dedent(code)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_all_threads_share_one_loop_and_each_request_has_its_task_and_its_thread() -> None:
+    def view(request: Any) -> Any:
+        first, second = call_here(), call_here()
+        sync = async_to_sync(sync_to_async(threading.get_ident))()
+        return first, second, sync, threading.get_ident()
+
+    seen: list[Any] = []
+
+    def respond(request: Any) -> HttpResponse:
+        seen.append(view(request))
+        return HttpResponse()
+
+    with serve(respond, scope="process") as server:
+        on_threads(8, server.get)
+    assert len(seen) == 8
+    assert len({first.loop for first, *_ in seen}) == len({first.thread for first, *_ in seen}) == 1
+    assert all(first == second for first, second, *_ in seen)
+    assert len({first.task for first, *_ in seen}) == 8
+    assert all(sync == own for *_, sync, own in seen)
+
+
+def test_a_sync_request_starts_no_process_loop() -> None:
+    threads = set(threading.enumerate())
+    with serve(lambda request: HttpResponse(), scope="process") as server:
+        server.get()
+    assert process._loop is None
+    assert set(threading.enumerate()) <= threads
+
+
+def test_a_request_leaves_nothing_on_the_loop() -> None:
+    with serve(lambda request: HttpResponse(str(call_here().thread)), scope="process") as server:
+        for _ in range(50):
+            server.get()
+        running = process._loop
+        assert running is not None
+        eventually(lambda: not running._request_tasks)
+        eventually(lambda: not asyncio.all_tasks(running.loop))
+        assert not running._calls
+
+
+def test_a_task_left_running_goes_on_and_gets_an_error_for_a_thread_sensitive_call() -> None:
+    over = threading.Event()
+    outcome: list[Any] = []
+
+    async def left() -> None:
+        outcome.append(await sync_to_async(threading.get_ident)())
+        while not over.is_set():
+            await asyncio.sleep(0.01)
+        try:
+            await sync_to_async(threading.get_ident)()
+        except RuntimeError as exc:
+            outcome.append(str(exc))
+
+    tasks: list[Any] = []
+
+    async def view(request: Any) -> HttpResponse:
+        tasks.append(asyncio.create_task(left()))
+        while not outcome:
+            await asyncio.sleep(0.01)
+        return HttpResponse()
+
+    with serve(view, scope="process") as server:
+        server.get("/left/")
+        assert not tasks[0].done()
+        over.set()
+        eventually(lambda: tasks[0].done())
+    assert outcome[0] == threading.get_ident()
+    assert "GET '/left/' is over" in outcome[1]
+    assert "create_background_task" in outcome[1]
+
+
+class Interrupt(BaseException):
+    """What a worker's timeout raises in a request thread."""
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_call_whose_request_was_interrupted_is_cancelled_and_named(
+    swallows: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = threading.Event()
+    let_go = threading.Event()
+    started = threading.Event()
+
+    async def hang() -> None:
+        started.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            while swallows and not let_go.is_set():
+                await asyncio.sleep(0.01)
+            raise
+        finally:
+            ended.set()
+
+    interrupted = threading.Event()
+
+    def interrupt(signum: int, frame: Any) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            raise Interrupt
+
+    def send() -> None:
+        started.wait(30)
+        # More than once: one that comes just before the thread goes to sleep does not wake it.
+        while not interrupted.wait(0.05):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with serve(
+            lambda request: HttpResponse(async_to_sync(hang)()), scope="process", shutdown_timeout=0.3
+        ) as server:
+            sender = threading.Thread(target=send)
+            sender.start()
+            with pytest.raises(Interrupt):
+                server.get("/hangs/")
+            sender.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "GET '/hangs/': ended while loop call" in caplog.text
+    assert "hang" in caplog.text
+    if swallows:
+        assert not ended.is_set()
+        assert "is given up" in caplog.text
+        let_go.set()
+    assert ended.wait(30)
+
+
+def test_a_response_that_is_dropped_without_close_leaves_the_loop(no_gc: None) -> None:
+    async def view(request: Any) -> HttpResponse:
+        return HttpResponse()
+
+    with serve(view, scope="process") as server:
+        response = server.open("/dropped/")
+        running = process._loop
+        assert running is not None
+        assert running._request_tasks
+        with pytest.warns(ResourceWarning, match="GET '/dropped/': its response was dropped without close"):
+            del response
+        eventually(lambda: not running._request_tasks)
+
+
+def test_a_nested_request_is_on_the_same_loop_in_a_task_of_its_own() -> None:
+    inner: list[Place] = []
+    outer: list[Place] = []
+
+    def view(request: Any) -> HttpResponse:
+        if request.path == "/inner/":
+            inner.append(call_here())
+        else:
+            outer.append(call_here())
+            server.get("/inner/")
+            outer.append(call_here())
+        return HttpResponse()
+
+    with serve(view, scope="process") as server:
+        server.get("/outer/")
+    assert outer[0] == outer[1]
+    assert inner[0].loop is outer[0].loop
+    assert inner[0].task is not outer[0].task
+
+
+class Lifespan:
+    """Counts how often it is entered and left, and fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.fails = 0
+        self.entered = 0
+        self.left = 0
+        self.tasks: list[Any] = []
+
+    @contextlib.asynccontextmanager
+    async def __call__(self) -> AsyncIterator[None]:
+        self.entered += 1
+        self.tasks.append(asyncio.current_task())
+        await asyncio.sleep(0.05)
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("no connection to the broker")
+        yield
+        self.tasks.append(asyncio.current_task())
+        self.left += 1
+
+
+def test_the_lifespan_is_open_before_the_first_call_and_left_at_the_end() -> None:
+    lifespan = Lifespan()
+    seen: list[Any] = []
+
+    async def view(request: Any) -> HttpResponse:
+        seen.append((lifespan.entered, len(lifespan.tasks), lifespan.left))
+        return HttpResponse()
+
+    with serve(view, scope="process", lifespan=lifespan) as server:
+        on_threads(8, server.get)
+    assert seen == [(1, 1, 0)] * 8
+    process.shut_down()
+    assert lifespan.left == 1
+    assert lifespan.tasks[0] is lifespan.tasks[1]
+
+
+def test_a_lifespan_that_raises_fails_the_call_and_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    lifespan = Lifespan()
+    lifespan.fails = 1
+
+    async def view(request: Any) -> HttpResponse:
+        return HttpResponse("served")
+
+    def call() -> str:
+        with EventLoopContext(scope="process", lifespan=lifespan):
+            try:
+                return str(call_here().thread)
+            except RuntimeError as exc:
+                return str(exc)
+
+    assert call() == "no connection to the broker"
+    assert "its LIFESPAN failed" in caplog.text
+    assert "no connection to the broker" in caplog.text
+    with serve(view, scope="process", lifespan=lifespan) as server:
+        assert server.get() == b"served"
+    assert lifespan.entered == 2
+
+
+def test_threads_that_wait_for_a_lifespan_that_raises_all_get_its_error() -> None:
+    lifespan = Lifespan()
+    lifespan.fails = 100
+
+    def call() -> str:
+        with EventLoopContext(scope="process", lifespan=lifespan), pytest.raises(RuntimeError) as caught:
+            call_here()
+        return str(caught.value)
+
+    assert set(on_threads(8, call)) == {"no connection to the broker"}
+
+
+def test_what_is_held_open_is_left_in_reverse_order_after_the_tasks_have_ended() -> None:
+    order: list[str] = []
+
+    def resource(name: str) -> PerLoop[str]:
+        @contextlib.asynccontextmanager
+        async def manager() -> AsyncIterator[str]:
+            yield name
+            # As a pool does that gives its connections back.
+            await sync_to_async(order.append)(name)
+
+        return PerLoop(manager)
+
+    first, second = resource("first"), resource("second")
+
+    async def user() -> None:
+        assert await first() == "first"
+        assert await second() == "second"
+        assert await first() == "first"
+        await asyncio.sleep(0.1)
+        order.append("task")
+
+    async def view(request: Any) -> HttpResponse:
+        create_background_task(user())
+        return HttpResponse()
+
+    with serve(view, scope="process", lifespan=resource("lifespan")._factory) as server:
+        server.get()
+    process.shut_down()
+    assert order == ["task", "second", "first", "lifespan"]
+
+
+def test_what_does_not_end_in_time_is_cancelled_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    ended: list[str] = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await sync_to_async(ended.append)("cancelled")
+
+    async def view(request: Any) -> HttpResponse:
+        create_background_task(endless(), name="report")
+        request.task = asyncio.create_task(asyncio.sleep(3600), name="plain")
+        return HttpResponse()
+
+    with serve(view, scope="process", shutdown_timeout=0.3) as server:
+        server.get("/reports/")
+    process.shut_down()
+    assert ended == ["cancelled"]
+    assert "background task report of GET '/reports/'" in caplog.text
+    assert "plain running sleep" in caplog.text
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_a_blocked_loop_is_given_up_and_those_who_wait_for_it_get_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    blocked, unblock = threading.Event(), threading.Event()
+
+    async def block() -> None:
+        blocked.set()
+        unblock.wait(60)
+
+    async def view(request: Any) -> HttpResponse:
+        return HttpResponse()
+
+    with serve(view, scope="process", shutdown_timeout=0.2) as server:
+        with EventLoopContext(scope="process", shutdown_timeout=0.2):
+            future = create_background_task(block())
+        assert blocked.wait(30)
+        statuses: list[str] = []
+
+        def get() -> None:
+            server.get()
+            statuses.append(server.status)
+
+        waiting = threading.Thread(target=get)
+        waiting.start()
+        running = process._loop
+        assert running is not None
+        eventually(lambda: running._calls)
+        process.shut_down()
+        waiting.join(30)
+        assert not waiting.is_alive()
+        assert statuses == ["500 Internal Server Error"]
+        with pytest.raises(BaseException, match="given up"):
+            future.result(30)
+    assert "gave up its event loop" in caplog.text
+    assert "background task" in caplog.text
+    assert "block" in caplog.text
+    unblock.set()
+    eventually(lambda: running.ended.done())
+
+
+def test_contexts_are_never_mixed_up_and_none_is_kept() -> None:
+    class Value:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+    var: contextvars.ContextVar[Value] = contextvars.ContextVar("var")
+    wrong: list[Any] = []
+    kept: list[weakref.ref[Value]] = []
+    finished: list[str] = []
+    in_background: list[str] = []
+
+    def check(path: str) -> None:
+        if var.get().path != path:
+            wrong.append((path, var.get().path))
+
+    def middleware(get_response: Any) -> Any:
+        def set_value(request: Any) -> Any:
+            value = Value(request.path)
+            kept.append(weakref.ref(value))
+            var.set(value)
+            return get_response(request)
+
+        return set_value
+
+    async def later(path: str) -> None:
+        await asyncio.sleep(0)
+        check(path)
+        in_background.append(path)
+
+    async def view(request: Any) -> HttpResponse:
+        for _ in range(3):
+            await asyncio.sleep(0)
+            check(request.path)
+        await sync_to_async(check)(request.path)
+        create_background_task(later(request.path))
+        return HttpResponse()
+
+    async def on_finished(**kwargs: Any) -> None:
+        await asyncio.sleep(0)
+        finished.append(var.get().path)
+
+    from django.core.signals import request_finished
+
+    request_finished.connect(on_finished)
+    try:
+        with (
+            serve(view, middleware=[middleware], scope="process", max_background_tasks=5000) as server,
+            ThreadPoolExecutor(16) as executor,
+        ):
+            paths = [f"/{number}/" for number in range(5000)]
+            list(executor.map(server.get, paths))
+    finally:
+        request_finished.disconnect(on_finished)
+    eventually(lambda: len(in_background) == 5000, 60)
+    assert wrong == []
+    assert sorted(finished) == sorted(in_background) == sorted(paths)
+    assert process._loop is not None
+    gc.collect()
+    eventually(lambda: not [reference for reference in kept if reference() is not None])
+
+
+def test_a_forked_child_has_a_process_loop_of_its_own() -> None:
+    def place() -> tuple[int, int]:
+        with EventLoopContext(scope="process"):
+            call = call_here()
+            return id(call.loop), call.thread
+
+    parent = place()
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        signal.alarm(60)
+        try:
+            places = [place(), place(), parent]
+            os.write(write, b"ok" if places[0] == places[1] and places[0][0] != parent[0] else repr(places).encode())
+            process.shut_down()
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        assert pipe.read() == b"ok"
+    assert os.waitpid(pid, 0)[1] == 0
+    assert place() == parent
+
+
+def test_a_fork_in_the_middle_of_a_request_leaves_the_process_loop_to_the_parent() -> None:
+    outcomes: list[bytes] = []
+
+    def view(request: Any) -> HttpResponse:
+        before = call_here()
+        read, write = os.pipe()
+        pid = os.fork()
+        if not pid:
+            signal.alarm(60)
+            try:
+                other = call_here()
+                os.write(write, b"ok" if other.loop is not before.loop else b"the parent's loop")
+            finally:
+                os._exit(0)
+        os.close(write)
+        with open(read, "rb") as pipe:
+            outcomes.append(pipe.read())
+        os.waitpid(pid, 0)
+        assert call_here() == before
+        return HttpResponse()
+
+    with serve(view, scope="process") as server:
+        server.get()
+        assert server.status == "200 OK"
+    assert outcomes == [b"ok"]
+
+
+@pytest.mark.parametrize("factory", [None, "uvloop.new_event_loop"])
+def test_the_end_of_a_process_waits_for_background_tasks_and_closes_what_is_open(factory: str | None) -> None:
+    done = run_script(
+        f"""
+        from contextlib import asynccontextmanager
+        from asgiref.sync import sync_to_async
+        from django.db import connection
+
+        @asynccontextmanager
+        async def resource():
+            yield 1
+            await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+            print("closed", flush=True)
+
+        per_loop = wsgi_loop.PerLoop(resource)
+
+        def query():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 42")
+                return cursor.fetchone()[0]
+
+        async def work():
+            await per_loop()
+            await asyncio.sleep(0.5)
+            print(await sync_to_async(query)(), type(asyncio.get_running_loop()).__module__.split(".")[0], flush=True)
+
+        with wsgi_loop.EventLoopContext(scope="process", loop_factory={factory!r}):
+            wsgi_loop.create_background_task(work())
+        """,
+        "-X",
+        "dev",
+        "-W",
+        "error",
+    )
+    module = "uvloop" if factory else "asyncio"
+    assert (done.returncode, done.stdout.split("\n")) == (0, [f"42 {module}", "closed", ""]), done.stderr
+    assert done.stderr == ""
+
+
+def test_a_blocked_loop_does_not_keep_a_process_from_ending() -> None:
+    done = run_script(
+        """
+        from asgiref.sync import async_to_sync
+
+        async def block():
+            time.sleep(3600)
+
+        def wait():
+            with wsgi_loop.EventLoopContext(scope="process"):
+                try:
+                    async_to_sync(asyncio.sleep)(0)
+                except RuntimeError as exc:
+                    print(exc, flush=True)
+
+        with wsgi_loop.EventLoopContext(scope="process", shutdown_timeout=0.5):
+            wsgi_loop.create_background_task(block())
+        # Not a daemon: the process waits for it.
+        threading.Thread(target=wait).start()
+        time.sleep(0.5)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gave up its event loop" in done.stderr
+    assert "background task block of EventLoopContext on thread 'MainThread'" in done.stderr
+
+
+def test_the_loop_thread_of_an_ended_process_loop_is_used_again() -> None:
+    def call() -> int:
+        with EventLoopContext(scope="process"):
+            return call_here().thread
+
+    before = call()
+    process.shut_down()
+    eventually(lambda: any(thread.ident == before for thread in loop_threads()))
+    assert call() in {thread.ident for thread in loop_threads()}
+
+
+def test_a_closed_process_loop_is_not_what_a_new_thread_finds() -> None:
+    def call() -> Place:
+        with EventLoopContext(scope="process"):
+            return async_to_sync(here)()
+
+    first = in_thread(call)
+    process.shut_down()
+    assert first.loop.is_closed()
+    second = in_thread(call)
+    assert second.loop is not first.loop
+    assert not second.loop.is_closed()
+
+
+def test_a_script_that_ends_at_once_is_not_held_up() -> None:
+    started = time.monotonic()
+    done = run_script(
+        """
+        with wsgi_loop.EventLoopContext(scope="process", shutdown_timeout=30):
+            wsgi_loop.create_background_task(asyncio.sleep(0)).result()
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - started < 30
