@@ -12,7 +12,7 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
-from wsgi_loop import WSGIHandler, get_wsgi_application
+from wsgi_loop import WSGIHandler, get_wsgi_application, process
 from wsgi_loop.conf import get_options
 
 from .support import call_here, serve
@@ -32,7 +32,7 @@ def no_loop() -> str:
 
 WRONG = [
     ({"SCOOPE": "request"}, ["SCOOPE", "request", "SHUTDOWN_TIMEOUT"]),
-    ({"SCOPE": "thread"}, ["SCOPE", "'thread'", "'request'"]),
+    ({"SCOPE": "thread"}, ["SCOPE", "'thread'", "'request' or 'process'"]),
     ({"THREAD": "other"}, ["THREAD", "'other'", "'own'"]),
     ({"LOOP_FACTORY": "no.such.factory"}, ["LOOP_FACTORY", "no.such.factory", "imported"]),
     ({"LOOP_FACTORY": "tests.test_conf.nothing"}, ["LOOP_FACTORY", "tests.test_conf.nothing", "imported"]),
@@ -45,6 +45,11 @@ WRONG = [
     ({"SHUTDOWN_TIMEOUT": None}, ["SHUTDOWN_TIMEOUT", "None", "seconds"]),
     ({"SHUTDOWN_TIMEOUT": float("nan")}, ["SHUTDOWN_TIMEOUT", "nan", "seconds"]),
     ({"SHUTDOWN_TIMEOUT": True}, ["SHUTDOWN_TIMEOUT", "True", "seconds"]),
+    ({"SCOPE": "process", "LIFESPAN": "no.such.lifespan"}, ["LIFESPAN", "no.such.lifespan", "imported"]),
+    ({"SCOPE": "process", "LIFESPAN": 3}, ["LIFESPAN", "3", "async context manager"]),
+    ({"LIFESPAN": coroutine_function}, ["LIFESPAN", "coroutine_function", "scope 'request'"]),
+    ({"MAX_BACKGROUND_TASKS": 0}, ["MAX_BACKGROUND_TASKS", "0", "1 or more"]),
+    ({"MAX_BACKGROUND_TASKS": True}, ["MAX_BACKGROUND_TASKS", "True", "1 or more"]),
     ([("SCOPE", "request")], ["WSGI_LOOP", "dict"]),
     ("request", ["WSGI_LOOP", "'request'", "dict"]),
 ]
@@ -94,8 +99,11 @@ def test_the_loop_comes_from_the_factory(factory: Any) -> None:
     assert {type(loop).__module__.split(".")[0] for loop in loops} == {name}
 
 
+@pytest.mark.parametrize("scope", ["request", "process"])
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_a_factory_that_fails_later_fails_the_call_and_not_in_silence(error: type[Exception], caplog: Any) -> None:
+def test_a_factory_that_fails_later_fails_the_call_and_not_in_silence(
+    error: type[Exception], scope: str, caplog: Any
+) -> None:
     made: list[int] = []
 
     def factory() -> Any:
@@ -104,7 +112,8 @@ def test_a_factory_that_fails_later_fails_the_call_and_not_in_silence(error: typ
             raise error("no more loops")
         return asyncio.new_event_loop()
 
-    with serve(lambda request: HttpResponse(call_here().thread), loop_factory=factory) as server:
+    process.shut_down()
+    with serve(lambda request: HttpResponse(call_here().thread), loop_factory=factory, scope=scope) as server:
         server.get()
     assert server.status.startswith("500")
     assert "no more loops" in caplog.text
