@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import gc
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -46,9 +48,10 @@ def test_it_outlives_its_request_in_a_copy_of_its_context(scope: str, kind: str)
     async def work() -> Any:
         while not may_end.is_set():
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0)
+        # Read before sync code is called: asgiref brings it all along with that.
+        told = var.get(), translation.get_language(), timezone.get_current_timezone_name()
         in_thread = await sync_to_async(lambda: (var.get(), translation.get_language()))()
-        return var.get(), translation.get_language(), timezone.get_current_timezone_name(), in_thread, await here()
+        return *told, in_thread, await here()
 
     def begin() -> None:
         var.set("of the request")
@@ -110,6 +113,25 @@ def test_it_has_a_thread_and_connections_of_its_own_and_closes_them(scope: str) 
         assert len({id(each[i]) if i else each[i] for each in (first, second, of_request[0])}) == 3
     for used in (first, second):
         eventually(lambda used=used: used[1].connection is None)
+
+
+def test_the_connections_that_async_code_sees_are_not_the_requests() -> None:
+    seen: list[Any] = []
+    futures: list[Any] = []
+
+    async def work() -> Any:
+        return connections["default"]
+
+    async def view(request: Any) -> HttpResponse:
+        seen.append(connections["default"])
+        seen.append(await asyncio.create_task(work()))
+        futures.append(create_background_task(work()))
+        return HttpResponse()
+
+    with serve(view, scope="process") as server:
+        server.get()
+    assert seen[0] is seen[1]
+    assert futures[0].result(30) is not seen[0]
 
 
 def test_an_exception_is_logged_with_the_name_and_the_path(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,14 +200,19 @@ def test_it_can_be_cancelled_before_and_after_its_first_step() -> None:
     assert started.wait(30)
     assert future.cancel()
     assert cancelled.wait(30)
-    # One that is never awaited would be a warning, and so an error.
-    for _ in range(20):
-        start(work()).cancel()
     with pytest.raises(CancelledError):
         future.result()
     running = process._loop
     assert running is not None
+    started.clear()
+    gate = threading.Event()
+    running.loop.call_soon_threadsafe(gate.wait, 30)
+    # It is never awaited, which would be a warning, and so an error.
+    assert start(work()).cancel()
+    gate.set()
     eventually(lambda: not running._background and not running._descriptions)
+    gc.collect()
+    assert not started.is_set()
 
 
 def test_one_that_is_cut_off_is_named_and_its_future_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,6 +242,25 @@ def test_one_may_start_another_one_also_while_the_process_ends() -> None:
         create_background_task(first())
     process.shut_down()
     assert order == ["first", "second"]
+
+
+def test_one_that_the_lifespan_starts_is_waited_for_before_the_lifespan_is_left() -> None:
+    order: list[str] = []
+
+    async def work() -> None:
+        await asyncio.sleep(0.2)
+        order.append("task")
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        create_background_task(work())
+        yield
+        order.append("lifespan")
+
+    with EventLoopContext(scope="process", lifespan=lifespan, shutdown_timeout=30):
+        async_to_sync(here)()
+    process.shut_down()
+    assert order == ["task", "lifespan"]
 
 
 def test_a_system_exit_in_one_does_not_stop_the_loop(caplog: pytest.LogCaptureFixture) -> None:

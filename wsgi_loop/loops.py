@@ -567,9 +567,13 @@ class ProcessLoop(RunningLoop):
         future: Future[Any] = Future()
 
         def start() -> None:
+            if future.cancelled():
+                coroutine.close()
+                self._background.pop(future, None)
+                return
             task = self.loop.create_task(wrap(coroutine), name=name, context=context)
             self._descriptions[task] = description
-            task.add_done_callback(lambda task: self._end_background_task(task, coroutine, future))
+            task.add_done_callback(lambda task: self._end_background_task(task, future))
             future.add_done_callback(lambda future: self._cancel_soon(task) if future.cancelled() else None)
 
         with self._lock:
@@ -665,12 +669,8 @@ class ProcessLoop(RunningLoop):
     def _describe(self, task: asyncio.Task[Any]) -> str:
         return self._descriptions.get(task) or super()._describe(task)
 
-    def _end_background_task(
-        self, task: asyncio.Task[Any], coroutine: Coroutine[Any, Any, Any], future: Future[Any]
-    ) -> None:
+    def _end_background_task(self, task: asyncio.Task[Any], future: Future[Any]) -> None:
         description = self._descriptions.pop(task)
-        # It was never started if the task was cancelled before its first step.
-        coroutine.close()
         if task.cancelled():
             self._settle_future(future, CancelledError(f"The {description} was cancelled"))
             return

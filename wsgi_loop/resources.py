@@ -86,6 +86,7 @@ class Keeper:
             async with manager as value:
                 self.entered.set_result(value)
                 del value
+                keepers.put_last(key)
                 try:
                     await self._time_to_leave
                 except asyncio.CancelledError:
@@ -137,7 +138,9 @@ class Keepers:
         """Leave them all, the last one first. Raises TimeoutError at `deadline`, a time of the loop."""
         self.closed = True
         while self._keepers:
-            keeper = list(self._keepers.values())[-1]
+            keepers = list(self._keepers.values())
+            # One that is still being entered may use what has been entered.
+            keeper = ([keeper for keeper in keepers if not keeper.entered.done()] or keepers)[-1]
             keeper.leave()
             await asyncio.wait({keeper.task}, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
             if not keeper.task.done():
@@ -147,6 +150,10 @@ class Keepers:
     def entered_after(self, keeper: Keeper) -> list[Keeper]:
         keepers = list(self._keepers.values())
         return keepers[keepers.index(keeper) + 1 :]
+
+    def put_last(self, key: Hashable) -> None:
+        """It has been entered: after all that it has used for that."""
+        self._keepers[key] = self._keepers.pop(key)
 
     def forget(self, key: Hashable, keeper: Keeper) -> None:
         if self._keepers.get(key) is keeper:
