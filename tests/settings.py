@@ -22,3 +22,4 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 WSGI_APPLICATION = "wsgi_loop.wsgi.application"
 TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
 REDIS_URL = os.environ.get("WSGI_LOOP_TEST_REDIS_URL", "redis://127.0.0.1:6379/9")
+POSTGRES_URL = os.environ.get("WSGI_LOOP_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/postgres")

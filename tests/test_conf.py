@@ -84,6 +84,9 @@ def test_options_win_over_the_setting(settings: Any) -> None:
     settings.WSGI_LOOP = {"SHUTDOWN_TIMEOUT": 1}
     assert get_options(shutdown_timeout=2).shutdown_timeout == 2
     assert get_options(SHUTDOWN_TIMEOUT=3).shutdown_timeout == 3
+    settings.WSGI_LOOP = {"SCOPE": "process", "LIFESPAN": "tests.test_conf.no_loop"}
+    assert get_options(scope="request").lifespan is None
+    assert get_options().lifespan is no_loop
     with pytest.raises(ImproperlyConfigured, match="get_wsgi_application"):
         WSGIHandler(time_out=1)
 

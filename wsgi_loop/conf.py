@@ -52,7 +52,11 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
     configured = getattr(settings, "WSGI_LOOP", {})
     if not isinstance(configured, Mapping):
         raise ImproperlyConfigured(f"WSGI_LOOP is {configured!r}. It has to be a dict, such as {DEFAULTS!r}.")
-    values = DEFAULTS | _known("WSGI_LOOP", configured) | _known(source, overrides, upper=True)
+    given = _known(source, overrides, upper=True)
+    values = DEFAULTS | _known("WSGI_LOOP", configured) | given
+    if given.get("SCOPE") == "request" and "LIFESPAN" not in given:
+        # What is configured is for the scope that is configured.
+        values["LIFESPAN"] = None
     for key, accepted in ACCEPTED.items():
         if values[key] not in accepted:
             raise _invalid(key, values[key], " or ".join(map(repr, accepted)))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from .bridge import LOOP, LOOP_PID, threadlocal
 from .conf import Options, get_options
 from .scope import RequestScope
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class EventLoopContext(contextlib.ContextDecorator):
@@ -31,6 +35,15 @@ class EventLoopContext(contextlib.ContextDecorator):
         #: On each thread, what has been entered and not been left.
         self._entered = threading.local()
 
+    def __call__(self, function: F) -> F:
+        """Decorate a sync function. Raises TypeError for an async one, which runs on the loop that awaits it."""
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"EventLoopContext() decorates sync functions, and {function.__qualname__} is async: decorate what "
+                "calls it with async_to_sync()."
+            )
+        return super().__call__(function)
+
     def __enter__(self) -> None:
         stack: list[contextlib.ExitStack] = self._entered.__dict__.setdefault("stack", [])
         exits = contextlib.ExitStack()
@@ -46,7 +59,10 @@ class EventLoopContext(contextlib.ContextDecorator):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._entered.stack.pop().close()
+        stack: list[contextlib.ExitStack] = self._entered.__dict__.get("stack", [])
+        if not stack:
+            raise RuntimeError("EventLoopContext() was left on another thread than the one that it was entered on")
+        stack.pop().close()
 
 
 class _BlockScope(RequestScope):

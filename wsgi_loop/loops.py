@@ -632,9 +632,13 @@ class ProcessLoop(RunningLoop):
     def shut_down(self) -> None:
         """Close the loop. Waits at most `timeout` seconds for what runs, and as long again for what it then cancels."""
         self.close_soon()
-        with contextlib.suppress(TimeoutError):
+        try:
             self.ended.result(2 * self.timeout + 1)
-        self._give_up()
+        except TimeoutError:
+            pass
+        finally:
+            # Also when a signal interrupts the waiting: what is lost then is named.
+            self._give_up()
 
     # --- on the loop thread --------------------------------------------------------------------------------------
 

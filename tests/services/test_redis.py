@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,25 +18,6 @@ import wsgi_loop
 from ..support import in_thread, serve
 
 REQUESTS = 500
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[redis.Redis]:
-    """A client that has its one connection open already, so that it adds nothing to what it counts."""
-    try:
-        client = redis.Redis.from_url(settings.REDIS_URL, single_connection_client=True, socket_connect_timeout=5)
-        client.ping()
-    except redis.ConnectionError as exc:
-        reason = (
-            f"no redis at {settings.REDIS_URL}: install redis-server and start it, or set WSGI_LOOP_TEST_REDIS_URL "
-            f"to the URL of another one ({exc})"
-        )
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    yield client
-    client.close()
-
 
 CACHES = {
     "default": {
@@ -65,33 +45,33 @@ async def async_view(request: HttpRequest) -> HttpResponse:
     return HttpResponse()
 
 
-def opened_connections(server: redis.Redis, handler: Any, view: Any) -> int:
+def opened_connections(redis_server: redis.Redis, handler: Any, view: Any) -> int:
     """The connections opened by many requests on one new server thread."""
 
     def one_thread() -> int:
         with serve(view, handler=handler, CACHES=CACHES) as application:
-            before = server.info("stats")["total_connections_received"]
+            before = redis_server.info("stats")["total_connections_received"]
             for _ in range(REQUESTS):
                 application.get()
-            return server.info("stats")["total_connections_received"] - before
+            return redis_server.info("stats")["total_connections_received"] - before
 
     # Another user of the same redis can only add to the count.
     return min(in_thread(one_thread) for _ in range(2))
 
 
 @pytest.mark.parametrize("view", [sync_view, async_view])
-def test_requests_open_no_more_connections_than_with_djangos_handler(server: redis.Redis, view: Any) -> None:
-    stock = opened_connections(server, DjangoHandler, view)
-    ours = opened_connections(server, wsgi_loop.WSGIHandler, view)
+def test_requests_open_no_more_connections_than_with_djangos_handler(redis_server: redis.Redis, view: Any) -> None:
+    stock = opened_connections(redis_server, DjangoHandler, view)
+    ours = opened_connections(redis_server, wsgi_loop.WSGIHandler, view)
     assert ours <= stock, f"{ours} connections for {REQUESTS} requests, stock: {stock}"
 
 
-def test_a_context_of_its_own_alone_would_open_a_connection_for_each_request(server: redis.Redis) -> None:
+def test_a_context_of_its_own_alone_would_open_a_connection_for_each_request(redis_server: redis.Redis) -> None:
     # What the test above is there to notice.
-    assert opened_connections(server, NaiveHandler, sync_view) >= REQUESTS
+    assert opened_connections(redis_server, NaiveHandler, sync_view) >= REQUESTS
 
 
-def test_each_thread_has_one_cache_object_that_all_of_its_requests_share(server: redis.Redis) -> None:
+def test_each_thread_has_one_cache_object_that_all_of_its_requests_share(redis_server: redis.Redis) -> None:
     seen: list[Any] = []
 
     def look(request: HttpRequest) -> HttpResponse:
