@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .support import ROOT, eventually, free_port, opener, running, takes_connections
+
 PROBES = ["/probe/", "/probe/sync/"]
 CLIENTS = 8
 PLACES = {"request_started", "middleware", "view", "nested", "template tag", "body", "request_finished"}
@@ -33,8 +30,11 @@ GTHREAD = ["--worker-class", "gthread", "--threads", str(CLIENTS)]
 OURS = "wsgi_loop.wsgi:application"
 STOCK = "django.core.wsgi:get_wsgi_application()"
 
-# Whatever proxy the environment names is not for this machine.
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "DJANGO_SETTINGS_MODULE": "example_site.settings",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @dataclass
@@ -67,73 +67,20 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site") / "example"
     shutil.copytree(ROOT / "example", directory, ignore=shutil.ignore_patterns("*.sqlite3", "__pycache__"))
     migrate = [sys.executable, "manage.py", "migrate"]
-    done = subprocess.run(migrate, cwd=directory, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        migrate, cwd=directory, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
 
 @contextmanager
 def served(directory: Path, make_command: Callable[[str], list[str]]) -> Iterator[Site]:
-    """Run a server in a process group of its own, which is ended with it; its output goes with a failure."""
     port = free_port()
     output = directory.parent / f"output-{port}.txt"
     command = make_command(f"127.0.0.1:{port}")
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=directory, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        site = Site(port, directory)
-        eventually(lambda: process.poll() is not None or is_up(site))
-        assert process.poll() is None, "the server ended"
-        yield site
-    except BaseException as exc:
-        exc.add_note(f"{' '.join(command)} wrote:\n{output.read_text(errors='replace')[-8000:]}")
-        raise
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End the process, and what it has started."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(15)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(15)
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "DJANGO_SETTINGS_MODULE": "example_site.settings",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-def is_up(site: Site) -> bool:
-    """Whether it takes connections: without a request, for a server's first one is a test's."""
-    try:
-        socket.create_connection(("127.0.0.1", site.port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.1)
-    return result
+    with running(command, directory, output, ENVIRONMENT, lambda: takes_connections(port)):
+        yield Site(port, directory)
 
 
 def gunicorn(*options: str, application: str = OURS) -> Callable[[str], list[str]]:

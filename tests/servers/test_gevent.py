@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ..support import eventually
-
-ROOT = Path(__file__).parent.parent.parent
+from .support import ROOT, ServerProcess, eventually, opener
 
 PROJECT = """
 from asgiref.sync import async_to_sync
@@ -53,32 +48,20 @@ urlpatterns = [path("sync", sync), path("async", asynchronous), path("below_sync
 REFUSAL = re.compile(r"wsgi-loop needs real threads, and gevent has replaced them .* \(--worker-class gthread\)")
 
 
-class Gunicorn:
+class Gunicorn(ServerProcess):
     def __init__(self, folder: Path, *arguments: str) -> None:
         (folder / "project.py").write_text(PROJECT)
-        self._log = folder / "log"
-        environment = os.environ | {
+        environment = {
             "DJANGO_SETTINGS_MODULE": "project",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
             # Newer ones put a socket there.
             "HOME": str(folder),
         }
         command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "1", *arguments]
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, "wsgi_loop.wsgi:application"],
-                cwd=folder,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def log(self) -> str:
-        return self._log.read_text()
+        super().__init__([*command, "wsgi_loop.wsgi:application"], folder, folder / "log", environment)
 
     def wait_for(self, pattern: str) -> str:
-        eventually(lambda: re.search(pattern, self.log()) or self.process.poll() is not None, 60)
+        eventually(lambda: re.search(pattern, self.log()) or self.has_ended(), 60)
         found = re.search(pattern, self.log())
         assert found, self.log()
         return found[1]
@@ -87,25 +70,12 @@ class Gunicorn:
         """The status that a request for `path` is answered with."""
         address = self.wait_for(r"Listening at: (http://127.0.0.1:\d+)")
         self.wait_for(r"(Booting worker)")
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(f"{address}/{path}", timeout=60) as response:
                 return int(response.status)
         except urllib.error.HTTPError as exc:
             with exc:
                 return exc.code
-
-    def end(self) -> None:
-        # The workers too, which are in its process group.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-                self.process.wait(20)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        self.process.wait(20)
 
 
 @pytest.fixture
@@ -123,7 +93,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Gunicorn]]:
 
 def test_a_gevent_worker_does_not_start(start: Callable[..., Gunicorn]) -> None:
     gunicorn = start("--worker-class", "gevent")
-    eventually(lambda: gunicorn.process.poll() is not None, 60)
+    eventually(gunicorn.has_ended)
     assert gunicorn.process.returncode == 3, gunicorn.log()
     log = gunicorn.log()
     assert REFUSAL.search(log), log

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import psycopg
@@ -14,7 +14,7 @@ import redis
 from django.conf import settings
 
 
-def not_there(reason: str) -> None:
+def not_there(reason: str) -> NoReturn:
     """Skip the test, or fail it where everything has to be there."""
     if os.environ.get("CI"):
         pytest.fail(reason)
@@ -24,17 +24,17 @@ def not_there(reason: str) -> None:
 @contextmanager
 def connected_redis() -> Iterator[redis.Redis]:
     """A client that has its one connection open already, so that it adds nothing to what it counts."""
-    client = redis.Redis.from_url(
-        settings.REDIS_URL, single_connection_client=True, socket_connect_timeout=5, decode_responses=True
-    )
+    try:
+        client = redis.Redis.from_url(
+            settings.REDIS_URL, single_connection_client=True, socket_connect_timeout=5, decode_responses=True
+        )
+        client.ping()
+    except redis.ConnectionError as exc:
+        not_there(
+            f"no redis at {settings.REDIS_URL}: install redis-server and start it, or set WSGI_LOOP_TEST_REDIS_URL "
+            f"to the URL of another one ({exc})"
+        )
     with closing(client):
-        try:
-            client.ping()
-        except redis.ConnectionError as exc:
-            not_there(
-                f"no redis at {settings.REDIS_URL}: install redis-server and start it, or set WSGI_LOOP_TEST_REDIS_URL "
-                f"to the URL of another one ({exc})"
-            )
         yield client
 
 
