@@ -394,3 +394,14 @@ def test_a_block_that_is_left_on_another_thread_is_an_error_that_says_so() -> No
     context = EventLoopContext()
     with context, pytest.raises(RuntimeError, match="left on another thread"):
         in_thread(lambda: context.__exit__(None, None, None))
+
+
+@SCOPES
+def test_a_closed_loop_that_asgiref_has_left_on_the_thread_is_not_joined(scope: str) -> None:
+    def before_and_inside() -> list[Any]:
+        async_to_sync(sync_to_async(lambda: None))()
+        with EventLoopContext(scope=scope):
+            return [call_here(), call_here()]
+
+    first, second = in_thread(before_and_inside)
+    assert first == second

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 import threading
+import uuid
 from typing import Any
 
 import pytest
@@ -213,7 +214,7 @@ def test_the_cache_middleware_stores_what_it_is_given(settings: Any) -> None:
         return response
 
     names = ["django.middleware.cache.UpdateCacheMiddleware", "django.middleware.cache.FetchFromCacheMiddleware"]
-    caches = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "LOCATION": "pages"}}
+    caches = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "LOCATION": str(uuid.uuid4())}}
     with serve(view, middleware=names, CACHES=caches) as server:
         assert [server.get(), server.get()] == [b"view", b"view"]
     assert len(count) == 1

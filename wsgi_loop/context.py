@@ -78,6 +78,7 @@ def _has_loop() -> bool:
         asyncio.get_running_loop()
     except RuntimeError:
         thread = threadlocal.__dict__
-        # Also a scope that stands for a loop. A forked child does not have its parent's.
-        return LOOP in thread and thread.get(LOOP_PID) == os.getpid()
+        loop = thread.get(LOOP)
+        # A forked child does not have its parent's. asgiref leaves a closed loop on a thread that has run sync code.
+        return thread.get(LOOP_PID) == os.getpid() and (isinstance(loop, RequestScope) or loop.is_running())
     return True
