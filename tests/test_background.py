@@ -13,11 +13,13 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
+from asgiref.local import Local
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.cache import caches
 from django.db import connection, connections
 from django.http import HttpResponse
 from django.utils import timezone, translation
+from django.utils.functional import SimpleLazyObject
 
 from wsgi_loop import EventLoopContext, create_background_task, process
 
@@ -132,6 +134,24 @@ def test_the_connections_that_async_code_sees_are_not_the_requests() -> None:
         server.get()
     assert seen[0] is seen[1]
     assert futures[0].result(30) is not seen[0]
+
+
+def test_a_lazy_object_in_a_local_is_not_evaluated() -> None:
+    local = Local()
+    evaluated: list[int] = []
+
+    async def work() -> Any:
+        return local.user
+
+    def view(request: Any) -> HttpResponse:
+        local.user = SimpleLazyObject(lambda: evaluated.append(1))
+        assert create_background_task(work()).result(30) is local.user
+        return HttpResponse()
+
+    with serve(view) as server:
+        server.get()
+        assert server.status == "200 OK"
+    assert evaluated == []
 
 
 def test_an_exception_is_logged_with_the_name_and_the_path(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.http import HttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 
 from wsgi_loop import EventLoopContext, PerLoop, create_background_task, process
 
@@ -141,10 +141,13 @@ class Interrupt(BaseException):
     """What a worker's timeout raises in a request thread."""
 
 
-@pytest.mark.parametrize("swallows", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("scope", "swallows"), [("process", False), ("process", True), ("request", False)])
 def test_a_call_whose_request_was_interrupted_is_cancelled_and_named(
-    swallows: bool, caplog: pytest.LogCaptureFixture
+    scope: str, swallows: bool, nested: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And what it makes its thread do meanwhile is done there, before the request is over."""
+    cleaned_up_on: list[int] = []
     ended = threading.Event()
     let_go = threading.Event()
     started = threading.Event()
@@ -156,9 +159,15 @@ def test_a_call_whose_request_was_interrupted_is_cancelled_and_named(
         except asyncio.CancelledError:
             while swallows and not let_go.is_set():
                 await asyncio.sleep(0.01)
+            if not swallows:
+                cleaned_up_on.append(await sync_to_async(threading.get_ident)())
             raise
         finally:
             ended.set()
+
+    def view(request: Any) -> HttpResponse:
+        async_to_sync(sync_to_async(async_to_sync(hang)) if nested else hang)()
+        return HttpResponse()
 
     interrupted = threading.Event()
 
@@ -175,9 +184,8 @@ def test_a_call_whose_request_was_interrupted_is_cancelled_and_named(
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with serve(
-            lambda request: HttpResponse(async_to_sync(hang)()), scope="process", shutdown_timeout=0.3
-        ) as server:
+        timeout = 0.3 if swallows else 30
+        with serve(view, scope=scope, shutdown_timeout=timeout) as server:
             sender = threading.Thread(target=send)
             sender.start()
             with pytest.raises(Interrupt):
@@ -185,13 +193,47 @@ def test_a_call_whose_request_was_interrupted_is_cancelled_and_named(
             sender.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert "GET '/hangs/': ended while loop call" in caplog.text
+    assert "GET '/hangs/': ended while" in caplog.text
     assert "hang" in caplog.text
+    assert cleaned_up_on == ([] if swallows else [threading.get_ident()])
     if swallows:
         assert not ended.is_set()
         assert "is given up" in caplog.text
         let_go.set()
     assert ended.wait(30)
+
+
+def test_a_call_that_is_cancelled_before_its_first_step_gets_an_answer() -> None:
+    """As whoever cancels all tasks of the loop may do."""
+    about_to_call = threading.Event()
+    outcomes: list[Any] = []
+
+    def hold_and_cancel() -> None:
+        assert about_to_call.wait(30)
+        running = process._loop
+        assert running is not None
+        eventually(lambda: running._calls)
+        # Called when the call has become a task, which has not taken a step.
+        running.loop.call_soon(lambda: [task.cancel() for task in asyncio.all_tasks()])
+
+    async def hold_and_cancel_later() -> None:
+        asyncio.get_running_loop().call_soon(hold_and_cancel)
+
+    def view(request: Any) -> HttpResponse:
+        about_to_call.set()
+        try:
+            call_here()
+        except asyncio.CancelledError:
+            outcomes.append("cancelled")
+        outcomes.append(call_here() == call_here())
+        return HttpResponse()
+
+    with EventLoopContext(scope="process"):
+        async_to_sync(hold_and_cancel_later)()
+    with serve(view, scope="process") as server:
+        in_thread(server.get)
+        assert server.status == "200 OK"
+    assert outcomes == ["cancelled", True]
 
 
 def test_a_response_that_is_dropped_without_close_leaves_the_loop(no_gc: None) -> None:
@@ -286,6 +328,67 @@ def test_a_lifespan_that_raises_fails_the_call_and_is_tried_again(caplog: pytest
     with serve(view, scope="process", lifespan=lifespan) as server:
         assert server.get() == b"served"
     assert lifespan.entered == 2
+
+
+def test_what_a_lifespan_starts_on_its_sync_thread_does_not_wait_for_the_lifespan() -> None:
+    ran: list[str] = []
+
+    async def work() -> None:
+        ran.append("background")
+
+    def start() -> None:
+        create_background_task(work())
+        with serve(view, scope="process") as server:
+            ran.append(server.get().decode())
+
+    async def view(request: Any) -> HttpResponse:
+        return HttpResponse("request")
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        await sync_to_async(start)()
+        yield
+
+    with EventLoopContext(scope="process", lifespan=lifespan):
+        call_here()
+    assert sorted(ran) == ["background", "request"]
+
+
+@pytest.mark.parametrize("how", ["before its first step", "from inside"])
+def test_a_resource_whose_opening_is_cancelled_can_be_opened_again(how: str) -> None:
+    opened: list[int] = []
+
+    @contextlib.asynccontextmanager
+    async def manager() -> AsyncIterator[str]:
+        opened.append(1)
+        if len(opened) == 1:
+            raise asyncio.CancelledError
+        yield "open"
+
+    resource = PerLoop(manager)
+
+    async def use() -> str:
+        if how == "before its first step":
+            opened.append(1)
+            first = asyncio.ensure_future(resource())
+            await asyncio.sleep(0)
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith("keeper of"):
+                    task.cancel()
+        else:
+            first = asyncio.ensure_future(resource())
+        (outcome,) = await asyncio.gather(first, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError)
+        try:
+            return await resource()
+        except RuntimeError as exc:
+            return str(exc)
+
+    with EventLoopContext(scope="process"):
+        outcome = async_to_sync(use)()
+    # Who cancels a keeper ends the loop, and what it has closed stays closed.
+    assert outcome == "open" or "had closed it" in outcome
+    process.shut_down()
 
 
 def test_threads_that_wait_for_a_lifespan_that_raises_all_get_its_error() -> None:
@@ -504,6 +607,71 @@ def test_a_fork_in_the_middle_of_a_request_leaves_the_process_loop_to_the_parent
     assert outcomes == [b"ok"]
 
 
+@pytest.mark.parametrize("scope", ["request", "process"])
+def test_a_child_that_is_forked_in_a_view_may_finish_the_request(scope: str) -> None:
+    outcomes: list[bytes] = []
+    read, write = os.pipe()
+    pids: list[int] = []
+
+    def view(request: Any) -> Any:
+        before = call_here()
+        pids.append(os.fork())
+
+        def body() -> Iterator[str]:
+            yield "same" if call_here().loop is before.loop else "other"
+
+        return StreamingHttpResponse(body())
+
+    with serve(view, scope=scope) as server:
+        try:
+            if threading.current_thread() is threading.main_thread():
+                signal.alarm(60)
+            body = server.get()
+            if pids == [0]:
+                os.write(write, body)
+        finally:
+            if pids == [0]:
+                os._exit(0)
+            signal.alarm(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        outcomes.append(pipe.read())
+    assert os.waitpid(pids[0], 0)[1] == 0
+    assert (body, outcomes) == (b"same", [b"other"])
+
+
+def test_a_log_handler_may_make_a_loop_call_when_a_loop_is_given_up() -> None:
+    handled: list[str] = []
+    let_go = threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "gave up" in record.getMessage():
+                call_here()
+                handled.append(record.getMessage())
+
+    async def stubborn() -> None:
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    tasks: list[Any] = []
+
+    async def view(request: Any) -> HttpResponse:
+        tasks.append(asyncio.create_task(stubborn()))
+        return HttpResponse()
+
+    handler = Handler()
+    logging.getLogger("wsgi_loop").addHandler(handler)
+    try:
+        with serve(view, shutdown_timeout=0.2) as server:
+            in_thread(server.get)
+    finally:
+        logging.getLogger("wsgi_loop").removeHandler(handler)
+        let_go.set()
+    assert len(handled) == 1
+
+
 @pytest.mark.parametrize("factory", [None, "uvloop.new_event_loop"])
 def test_the_end_of_a_process_waits_for_background_tasks_and_closes_what_is_open(factory: str | None) -> None:
     done = run_script(
@@ -568,6 +736,46 @@ def test_a_blocked_loop_does_not_keep_a_process_from_ending() -> None:
     assert done.returncode == 0, done.stderr
     assert "gave up its event loop" in done.stderr
     assert "background task block of EventLoopContext on thread 'MainThread'" in done.stderr
+
+
+def test_a_blocked_thread_does_not_keep_a_process_from_ending() -> None:
+    done = run_script(
+        """
+        from asgiref.sync import sync_to_async
+
+        with wsgi_loop.EventLoopContext(shutdown_timeout=0.5):
+            wsgi_loop.create_background_task(sync_to_async(time.sleep)(3600), name="query")
+        time.sleep(0.5)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gave up its event loop" in done.stderr
+    assert "background task query" in done.stderr
+
+
+def test_a_lifespan_that_blocks_does_not_keep_a_process_from_ending() -> None:
+    done = run_script(
+        """
+        from contextlib import asynccontextmanager
+        from asgiref.sync import async_to_sync
+
+        @asynccontextmanager
+        async def lifespan():
+            time.sleep(3600)
+            yield
+
+        def wait():
+            with wsgi_loop.EventLoopContext(scope="process", lifespan=lifespan, shutdown_timeout=0.5):
+                try:
+                    async_to_sync(asyncio.sleep)(0)
+                except RuntimeError as exc:
+                    print(exc, flush=True)
+
+        threading.Thread(target=wait).start()
+        time.sleep(0.5)
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "The process loop was given up before it was ready\n"), done.stderr
 
 
 def test_the_loop_thread_of_an_ended_process_loop_is_used_again() -> None:

@@ -58,4 +58,6 @@ def _on_own_thread(coro: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
 
 
 def _is_connection(value: object) -> bool:
-    return isinstance(value, BaseCache) or (hasattr(value, "alias") and hasattr(value, "close"))
+    # By its type and its own attributes alone: to ask a lazy object for anything else would evaluate it.
+    cls = type(value)
+    return issubclass(cls, BaseCache) or (hasattr(cls, "close") and "alias" in getattr(value, "__dict__", ()))

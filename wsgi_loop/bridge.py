@@ -20,7 +20,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Self
 
 from asgiref.current_thread_executor import CurrentThreadExecutor
@@ -28,8 +28,9 @@ from asgiref.local import _Storage
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, _restore_context, sync_to_async
 
 from .conf import Options
-from .loops import CallsContext, LoopCall, ProcessLoop, RequestLoop, RequestTask, RunningLoop
+from .loops import CallsContext, LoopCall, NoLoop, ProcessLoop, RequestLoop, RequestTask, RunningLoop
 from .resources import kept
+from .threads import SyncThread
 
 _MAIN_WRAP = AsyncToSync.main_wrap.__code__
 
@@ -120,6 +121,8 @@ class RequestThreadExecutor(CurrentThreadExecutor):
         self._over = False
         self._call: CurrentThreadExecutor | None = None
         self.serving = False
+        #: Those of the request's loop calls.
+        self._calls: weakref.WeakSet[CurrentThreadExecutor] = weakref.WeakSet()
         self._work_items = _Passing(self)
 
     @property
@@ -138,11 +141,23 @@ class RequestThreadExecutor(CurrentThreadExecutor):
 
     def pass_on_to(self, call: CurrentThreadExecutor) -> None:
         """A loop call is about to wait on the request thread, with `call` to run what it is given."""
+        self.watch(call)
         with self._work_ready:
             call._old_executor = self
             self._call = call
             while self._work_items:
                 call._work_items.append(self._work_items.popleft())
+
+    def watch(self, call: CurrentThreadExecutor) -> None:
+        """Remember whom to take over from, should the thread be interrupted while it waits with `call`."""
+        self._calls.add(call)
+
+    def _take_over(self, call: CurrentThreadExecutor) -> None:
+        with call._work_ready:
+            call._broken = True
+            items, call._work_items = call._work_items, deque()
+        with self._work_ready:
+            self._work_items.extend(items)
 
     def serve(self) -> None:
         """Run what is waiting, on this thread."""
@@ -154,6 +169,10 @@ class RequestThreadExecutor(CurrentThreadExecutor):
         with self._work_ready:
             # Not to a call that may be waiting further up this very thread.
             self._call = None
+        for call in list(self._calls):
+            # Nobody else runs what is given to it: an exception has ended its wait, or it is further up this thread.
+            if call._work_thread is threading.current_thread():
+                self._take_over(call)
         future.add_done_callback(self._wake)
         deadline = time.monotonic() + timeout
         while True:
@@ -230,7 +249,7 @@ class Answer(Future[Any]):
     def deliver(self) -> None:
         held, self._held = self._held, None
         if held is None or isinstance(held[1], GeneratorExit):
-            held = False, asyncio.CancelledError("The event loop was closed before this call had ended")
+            held = False, asyncio.CancelledError("This call or its event loop was ended before it had an answer")
         if held[0]:
             super().set_result(held[1])
         else:
@@ -263,12 +282,14 @@ class AsgirefCall(LoopCall):
 
     def finish(self) -> None:
         if not self._begun:
-            self.coroutine.close()
             self.begin()
-        # It may never have been started: not this call, or a task that was cancelled before its first step.
-        close(self._awaitable)
-        self._awaitable = None
-        self._answer.deliver()  # type: ignore[attr-defined]
+        try:
+            # Neither may have been started: the task was cancelled before its first step, or there never was one.
+            self.coroutine.close()
+            close(self._awaitable)
+        finally:
+            self._awaitable = None
+            self._answer.deliver()  # type: ignore[attr-defined]
 
     def abandon(self, message: str) -> None:
         if not self._begun:
@@ -308,6 +329,16 @@ class RequestCalls:
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Hand over asgiref's coroutine. Raises RuntimeError when the loop takes no more calls."""
+        if self._is_inherited():
+            raise NoLoop(f"{self.executor.owner}: its event loop is the one of the process that was forked")
+        self._submit(coroutine)
+
+    def serve(self) -> None:
+        """Run what its tasks wait for on this thread."""
+        if not self._is_inherited():
+            self.executor.serve()
+
+    def _submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -352,7 +383,7 @@ class OwnLoop(RequestCalls):
         # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
         AsyncToSync.loop_thread_executors[self.running.loop] = self.executor
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def _submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         self.running.submit(coroutine)
 
     def _leave(self) -> None:
@@ -368,7 +399,8 @@ class OwnLoop(RequestCalls):
     def _is_inherited(self) -> bool:
         if not super()._is_inherited():
             return False
-        _inherited.append(self.running)
+        if self.running not in _inherited:
+            _inherited.append(self.running)
         return True
 
 
@@ -379,7 +411,7 @@ class SharedLoop(RequestCalls):
         super().__init__(owner, options)
         self._running = running
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def _submit(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         self._running.submit(coroutine, self.adapter)
 
     def _leave(self) -> None:
@@ -437,7 +469,8 @@ class RequestAdapter(_Adapter):
             calls_context = self._calls_context()
             if calls_context is not None:
                 return AsgirefCall(coroutine, call_result, awaitable, self._task, calls_context)
-        return AsgirefCall(coroutine, call_result, awaitable)
+        self._executor.watch(current)
+        return AsgirefCall(coroutine, call_result, awaitable, self._task)
 
 
 class ProcessAdapter(_Adapter):
@@ -456,13 +489,13 @@ def make_process_loop(options: Options, end_thread: Callable[[], object]) -> Pro
 
     end_thread: called on that thread, if it was used, as the last thing.
     """
-    executor = _SyncThread(max_workers=1, thread_name_prefix="wsgi-loop-sync")
+    executor = SyncThread("wsgi-loop-resources")
 
     async def release() -> None:
         AsyncToSync.loop_thread_executors.pop(running.loop, None)
-        if executor.used:
+        if executor.is_used:
             await asyncio.wrap_future(executor.submit(end_thread))
-        executor.shutdown(wait=False)
+        executor.shutdown()
 
     running = ProcessLoop(
         options.loop_factory,
@@ -476,24 +509,18 @@ def make_process_loop(options: Options, end_thread: Callable[[], object]) -> Pro
     return running
 
 
-class _SyncThread(ThreadPoolExecutor):
-    used = False
-
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.used = True
-        return super().submit(*args, **kwargs)
-
-
 async def run_on_own_thread(coroutine: Coroutine[Any, Any, Any], end_thread: Callable[[], object]) -> Any:
     """Await `coroutine`, with a thread of its own for its thread-sensitive calls.
 
     end_thread: called on that thread, if it was used, as the last thing.
     """
-    async with ThreadSensitiveContext() as thread:
+    executor = SyncThread("wsgi-loop-background")
+    async with ThreadSensitiveContext() as context:
+        SyncToAsync.context_to_thread_executor[context] = executor
         try:
             return await coroutine
         finally:
-            if thread in SyncToAsync.context_to_thread_executor:
+            if executor.is_used:
                 await sync_to_async(end_thread)()
 
 

@@ -80,5 +80,7 @@ def _has_loop() -> bool:
         thread = threadlocal.__dict__
         loop = thread.get(LOOP)
         # A forked child does not have its parent's. asgiref leaves a closed loop on a thread that has run sync code.
-        return thread.get(LOOP_PID) == os.getpid() and (isinstance(loop, RequestScope) or loop.is_running())
+        return thread.get(LOOP_PID) == os.getpid() and (
+            isinstance(loop, RequestScope) or (loop is not None and loop.is_running())
+        )
     return True

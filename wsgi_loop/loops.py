@@ -96,7 +96,8 @@ def run_in_context(context: contextvars.Context, coroutine: Coroutine[Any, Any, 
 class LoopCall:
     """One coroutine handed over to a loop, and what has to be done before its first step and after its last.
 
-    request_task: runs it, in calls_context. None: it gets a task of its own, in the context it was handed over in.
+    request_task: that of its request, if it is a request's, which runs it in calls_context. Where there is none, or it
+    runs another one, or has ended, the call gets a task of its own, in the context it was handed over in.
     """
 
     __slots__ = ("calls_context", "coroutine", "name", "request_task")
@@ -139,20 +140,23 @@ class RequestTask:
         self.task: asyncio.Task[None] | None = None
         #: What the task runs.
         self.call: LoopCall | None = None
+        #: Those of the nested calls.
+        self.nested: set[asyncio.Task[None]] = set()
         self._next_call: asyncio.Future[None] | None = None
         self._ending = False
 
     def take(self, call: LoopCall, running: RunningLoop) -> bool:
         """Run `call`. False: another one is running, which waits for this one; or the request is over."""
-        if self._ending or self.call is not None:
+        if self._ending or self.call is not None or call.calls_context is None:
             return False
-        assert call.calls_context is not None
         self.call = call
         call.calls_context.follow(contextvars.copy_context())
-        if self.task is None:
+        if self.task is None or self.task.done():
             self.task = running.loop.create_task(
                 self._serve(running), name="wsgi-loop request task", context=contextvars.Context()
             )
+            # For when it is cancelled before its first step, when none of its own code runs.
+            self.task.add_done_callback(lambda _: self._finish_call(running), context=contextvars.Context())
         elif self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
         return True
@@ -193,10 +197,13 @@ class RequestTask:
             finally:
                 while task.cancelling():
                     task.uncancel()
-                call, self.call = self.call, None
                 # Last, and with nothing here that holds what the call held: its caller goes on at once.
-                running.finish(call)
-                del call
+                self._finish_call(running)
+
+    def _finish_call(self, running: RunningLoop) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            running.finish(call)
 
     async def _run(self, call: LoopCall) -> None:
         assert call.calls_context is not None
@@ -221,6 +228,8 @@ class RunningLoop:
         self._adapter = adapter
         self._threads = threads
         self._lock = threading.Lock()
+        #: Held while it is logged that the loop is given up. Not the other one: a log handler may make a loop call.
+        self._giving_up = threading.RLock()
         #: What was handed over and has not ended yet.
         self._calls: set[LoopCall] = set()
         #: Those of the requests that are on the loop now.
@@ -278,12 +287,15 @@ class RunningLoop:
         return asyncio.all_tasks(self.loop) - idle
 
     def _give_up(self) -> None:
-        # Also while it is logged: the other one that notices goes on only when it has been.
-        with self._lock:
-            if self._given_up or self.ended.done():
-                return
-            self._given_up = True
-            self._accepting = False
+        # Whoever else notices goes on only when it has been logged.
+        with self._giving_up:
+            with self._lock:
+                if self._given_up or self.ended.done():
+                    return
+                self._given_up = True
+                self._accepting = False
+                calls = self._calls.copy()
+                self._calls.clear()
             names = sorted(self._describe(task) for task in self._left_overs() if task.get_name() != _SHUT_DOWN)
             logger.error(
                 "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. Its "
@@ -292,8 +304,6 @@ class RunningLoop:
                 self.timeout,
                 ", ".join(names) or "an async generator, or a thread of the loop's default executor",
             )
-            calls = self._calls.copy()
-            self._calls.clear()
         for call in calls:
             call.abandon(f"{self.owner}: its event loop was given up while loop call {call.name} was running")
         with contextlib.suppress(RuntimeError):  # it has just been closed after all
@@ -339,13 +349,20 @@ class RunningLoop:
             if call not in self._calls:
                 return  # abandoned
             call.begin()
-        if call.request_task is not None:
-            self._request_tasks.add(call.request_task)
-            if call.request_task.take(call, self):
-                return
+        request_task = call.request_task
+        if request_task is not None and request_task.take(call, self):
+            self._request_tasks.add(request_task)
+            return
         task = self.loop.create_task(call.coroutine, name=f"loop call {call.name}")
+        nested = set() if request_task is None else request_task.nested
+        nested.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            nested.discard(task)
+            self.finish(call)
+
         # Also when it is cancelled before its first step, when none of its own code runs.
-        task.add_done_callback(lambda _: self.finish(call))
+        task.add_done_callback(done)
 
     def finish(self, call: LoopCall) -> None:
         """The call has ended: answer it, unless it was abandoned."""
@@ -450,7 +467,8 @@ class RunningLoop:
             # It was named in an error already; asyncio would name it once more.
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         for call in list(self._calls):
-            self.finish(call)
+            with contextlib.suppress(RuntimeError):  # it ignored its end
+                self.finish(call)
         self._request_tasks.clear()
         keepers_of(self.loop).drop()
         self._close_loop()
@@ -569,12 +587,14 @@ class ProcessLoop(RunningLoop):
         def start() -> None:
             if future.cancelled():
                 coroutine.close()
-                self._background.pop(future, None)
+                self._settle_future(future, None)
                 return
             task = self.loop.create_task(wrap(coroutine), name=name, context=context)
             self._descriptions[task] = description
-            task.add_done_callback(lambda task: self._end_background_task(task, future))
-            future.add_done_callback(lambda future: self._cancel_soon(task) if future.cancelled() else None)
+            task.add_done_callback(lambda task: self._end_background_task(task, coroutine, future))
+            # A future keeps its callbacks, and a task its context: whoever keeps the future is to keep no context.
+            held = weakref.ref(task)
+            future.add_done_callback(lambda future: self._cancel_soon(held()) if future.cancelled() else None)
 
         with self._lock:
             if not self._accepting:
@@ -590,7 +610,9 @@ class ProcessLoop(RunningLoop):
             self._post(start, context=contextvars.Context())
         return future
 
-    def _cancel_soon(self, task: asyncio.Task[Any]) -> None:
+    def _cancel_soon(self, task: asyncio.Task[Any] | None) -> None:
+        if task is None:
+            return
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._post(task.cancel, context=contextvars.Context())
 
@@ -598,19 +620,21 @@ class ProcessLoop(RunningLoop):
         super()._give_up()
         for future in list(self._background):
             self._settle_future(future, CancelledError(f"{self.owner} was given up"))
+        with contextlib.suppress(InvalidStateError):
+            self.ready.set_exception(RuntimeError(f"{self.owner} was given up before it was ready"))
 
     def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
-        self._background.pop(future, None)
-        with contextlib.suppress(InvalidStateError):  # it was cancelled, or given up
-            if exception is None:
-                future.set_result(result)
-            else:
-                future.set_exception(exception)
+        if self._background.pop(future, None) is None or not future.set_running_or_notify_cancel():
+            return  # it was given up, or cancelled, of which concurrent.futures.wait() has been told just now
+        if exception is None:
+            future.set_result(result)
+        else:
+            future.set_exception(exception)
 
     def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
         """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
         ended: Future[None] = Future()
-        clean = request_task.call is None or self._given_up
+        clean = (request_task.call is None and not request_task.nested) or self._given_up
         try:
             self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
         except RuntimeError:
@@ -653,28 +677,44 @@ class ProcessLoop(RunningLoop):
             logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
             with self._lock:
                 self._accepting = False
-            self.ready.set_exception(exc)
+            with contextlib.suppress(InvalidStateError):  # it was given up
+                self.ready.set_exception(exc)
             self._begin_shut_down()
         else:
-            self.ready.set_result(None)
+            with contextlib.suppress(InvalidStateError):
+                self.ready.set_result(None)
 
     def _end_request_task(self, request_task: RequestTask, ended: Future[None]) -> None:
+        cut_off = request_task.nested.copy()
+        if request_task.call is not None and request_task.task is not None:
+            cut_off.add(request_task.task)
+        names = ", ".join(sorted(map(self._describe, cut_off)))
         self._request_tasks.discard(request_task)
-        task, call = request_task.task, request_task.call
         request_task.end()
-        if task is None or task.done():
+        if not cut_off:
             ended.set_result(None)
             return
-        task.add_done_callback(lambda _: ended.set_result(None))
-        if call is not None:
-            logger.warning("%s: ended while loop call %s still ran, which is cancelled.", request_task.owner, call.name)
+        logger.warning("%s: ended while %s still ran, which is cancelled.", request_task.owner, names)
+        left = cut_off.copy()
+
+        def done(task: asyncio.Task[None]) -> None:
+            left.discard(task)
+            if not left:
+                ended.set_result(None)
+
+        for task in cut_off:
+            task.add_done_callback(done)
             task.cancel()
 
     def _describe(self, task: asyncio.Task[Any]) -> str:
         return self._descriptions.get(task) or super()._describe(task)
 
-    def _end_background_task(self, task: asyncio.Task[Any], future: Future[Any]) -> None:
+    def _end_background_task(
+        self, task: asyncio.Task[Any], coroutine: Coroutine[Any, Any, Any], future: Future[Any]
+    ) -> None:
         description = self._descriptions.pop(task)
+        # It was never started if the task was cancelled before its first step.
+        coroutine.close()
         if task.cancelled():
             self._settle_future(future, CancelledError(f"The {description} was cancelled"))
             return

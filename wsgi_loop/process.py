@@ -15,6 +15,7 @@ from django.db import connections
 from . import bridge
 from .conf import Options
 from .loops import NoLoop, ProcessLoop
+from .resources import kept
 
 _lock = threading.RLock()
 _loop: ProcessLoop | None = None
@@ -42,18 +43,21 @@ def get_process_loop(options: Callable[[], Options]) -> ProcessLoop:
     """
     global _loop
     running = _loop
-    if running is None or (running.ready.done() and running.ready.exception() is not None):
+    if running is None or _has_failed(running):
         with _lock:
             if _ended:
                 raise NoLoop("The process is about to end")
-            if _loop is running:
+            if _loop is None or _has_failed(_loop):
                 _loop = _start(options())
             running = _loop
-            assert running is not None
-    # What the lifespan itself starts can not wait for it.
-    if threading.get_ident() != running.thread_id:
+    # What the lifespan itself starts can not wait for it, nor can what it runs on other threads.
+    if threading.get_ident() != running.thread_id and kept.get() is not running.loop:
         running.ready.result()
     return running
+
+
+def _has_failed(running: ProcessLoop) -> bool:
+    return running.ready.done() and running.ready.exception() is not None
 
 
 def _start(options: Options) -> ProcessLoop:
@@ -76,7 +80,8 @@ def shut_down() -> None:
 
 def _at_exit() -> None:
     global _ended
-    _ended = True
+    with _lock:
+        _ended = True
     shut_down()
 
 

@@ -65,8 +65,10 @@ class Keeper:
         self.entered: asyncio.Future[Any] = loop.create_future()
         self._time_to_leave: asyncio.Future[None] = loop.create_future()
         context = contextvars.Context()
-        context.run(kept.set, True)
+        context.run(kept.set, loop)
         self.task = loop.create_task(self._keep(keepers, key, factory), name=f"keeper of {key}", context=context)
+        # Also when it is cancelled before its first step, when none of its own code runs.
+        self.task.add_done_callback(lambda _: self._end(keepers, key), context=contextvars.Context())
 
     def leave(self) -> None:
         """Ask it to end; what has not been entered yet is cancelled."""
@@ -76,9 +78,17 @@ class Keeper:
         else:
             self.task.cancel()
 
+    def _end(self, keepers: Keepers, key: Hashable) -> None:
+        self.entered.cancel()
+        keepers.forget(key, self)
+
     async def _keep(self, keepers: Keepers, key: Hashable, factory: AsyncContextFactory) -> None:
         try:
-            manager = factory()
+            try:
+                manager = factory()
+            except StopIteration as exc:
+                # Which a future refuses to hold.
+                raise RuntimeError(f"The factory of {key} raised StopIteration") from exc
             if not hasattr(manager, "__aenter__") or not hasattr(manager, "__aexit__"):
                 if asyncio.iscoroutine(manager):
                     manager.close()
@@ -96,7 +106,10 @@ class Keeper:
                         await asyncio.wait(later)
                     raise
         except asyncio.CancelledError:
-            keepers.closed = True
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # By whoever ends the loop. Else something that the resource waited for was cancelled.
+                keepers.closed = True
             self.entered.cancel()
             raise
         except BaseException as exc:
@@ -128,7 +141,9 @@ class Keepers:
                 raise RuntimeError(
                     f"{key} was used when its event loop had closed it. Use it before the request or the process ends."
                 )
-            keeper = self._keepers[key] = Keeper(self, key, factory)
+            keeper = Keeper(self, key, factory)
+            if not keeper.task.done():  # an eager one may have failed
+                self._keepers[key] = keeper
         if keeper.entered.done():
             return keeper.entered.result()
         # One that waits may be cancelled; the others go on waiting.
@@ -153,7 +168,8 @@ class Keepers:
 
     def put_last(self, key: Hashable) -> None:
         """It has been entered: after all that it has used for that."""
-        self._keepers[key] = self._keepers.pop(key)
+        if key in self._keepers:  # not yet, with eager tasks
+            self._keepers[key] = self._keepers.pop(key)
 
     def forget(self, key: Hashable, keeper: Keeper) -> None:
         if self._keepers.get(key) is keeper:
@@ -165,8 +181,8 @@ class Keepers:
         self._keepers.clear()
 
 
-#: Set in a keeper's context, and so in that of all tasks which its resource starts.
-kept: contextvars.ContextVar[bool] = contextvars.ContextVar("wsgi_loop.kept", default=False)
+#: The loop, in a keeper's context, and so in that of all tasks which its resource starts.
+kept: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars.ContextVar("wsgi_loop.kept", default=None)
 
 # No lock: only a loop's own thread asks for its keepers. A loop is held by its keepers until they have left.
 _keepers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Keepers] = weakref.WeakKeyDictionary()
@@ -183,7 +199,7 @@ def keepers_of(loop: asyncio.AbstractEventLoop) -> Keepers:
 def is_kept(task: asyncio.Task[Any]) -> bool:
     """Tell if the task is a keeper, or was started by what one holds open."""
     if hasattr(task, "get_context"):  # from Python 3.12 on
-        return bool(task.get_context().get(kept))
+        return task.get_context().get(kept) is not None
     # Python 3.11 does not tell, but a task holds its context.
     contexts = [held for held in gc.get_referents(task) if isinstance(held, contextvars.Context)]
-    return any(context.get(kept, False) for context in contexts)
+    return any(context.get(kept) is not None for context in contexts)

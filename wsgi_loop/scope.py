@@ -130,7 +130,7 @@ class RequestScope:
     ) -> R:
         with self.standing_on(thread):
             if self.calls is not None:
-                self.calls.executor.serve()
+                self.calls.serve()
             try:
                 return context.run(function, *args)
             except RuntimeError as exc:

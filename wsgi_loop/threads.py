@@ -1,13 +1,19 @@
-"""The threads that event loops run on: lent to a loop, and used again. Knows nothing of asyncio or Django."""
+"""The threads that event loops run on: lent to a loop, and used again; and threads for sync code.
+
+Knows nothing of asyncio or Django.
+"""
 
 from __future__ import annotations
 
 import contextvars
+import functools
 import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from queue import SimpleQueue
+from typing import Any
 
 MAX_IDLE_THREADS = 8
 
@@ -95,6 +101,45 @@ class LoopThreads:
     def _work(jobs: SimpleQueue[Callable[[], bool]]) -> None:
         while jobs.get()():
             pass
+
+
+class SyncThread(Executor):
+    """One thread for sync code, started when it is first used. The end of the process does not wait for it.
+
+    A thread of `ThreadPoolExecutor` would be waited for, for ever if what it runs blocks.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.is_used = False
+        self._name = name
+        self._lock = threading.Lock()
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if not self.is_used:
+                thread = threading.Thread(target=self._work, args=(self._jobs,), name=self._name, daemon=True)
+                contextvars.Context().run(thread.start)
+                self.is_used = True
+        self._jobs.put((future, functools.partial(function, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the thread end when it has run what it was given. Waits for nothing."""
+        self._jobs.put(None)
+
+    @staticmethod
+    def _work(jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+        while (job := jobs.get()) is not None:
+            future, function = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as exc:
+                    future.set_exception(exc)
+            # While it waits for the next one, it is not to hold what this one held.
+            del job, future, function
 
 
 threads = LoopThreads()
