@@ -23,6 +23,8 @@ from django.conf import settings
 from ..support import eventually
 from .support import count_redis_connections
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 TASKS = 1000
 PROCESSES = 2
