@@ -38,9 +38,9 @@ from ..services.support import (
 )
 from .support import ROOT, ServerProcess, eventually, free_port, running
 
-#: How many requests the pools have to stand.
 pytestmark = pytest.mark.long
 
+#: How many requests the pools have to stand.
 REQUESTS = int(os.environ.get("WSGI_LOOP_TEST_REQUESTS", "10000"))
 REDIS_MAX, POSTGRES_MAX, HTTP_MAX = 8, 4, 8  # those of the site
 
