@@ -312,7 +312,9 @@ class RunningLoop:
     def _describe(self, task: asyncio.Task[Any]) -> str:
         for request_task in self._request_tasks.copy():
             if task is request_task.task:
-                return f"loop call {request_task.call.name}" if request_task.call else "loop call"
+                # Read once: it may end meanwhile.
+                call = request_task.call
+                return f"loop call {call.name}" if call else "loop call"
         if task.get_name().startswith("loop call "):
             return task.get_name()
         coroutine = task.get_coro()
@@ -640,12 +642,15 @@ class ProcessLoop(RunningLoop):
         except RuntimeError:
             return  # the loop is closed
         if not clean and not wait(ended, self.timeout):
+            call = request_task.call
+            names = [f"loop call {call.name}"] if call else []
+            names += (task.get_name() for task in request_task.nested.copy())
             logger.error(
-                "%s: loop call %s was still running %s s (SHUTDOWN_TIMEOUT) after it was cancelled, and is given up. "
+                "%s: %s s (SHUTDOWN_TIMEOUT) after it was cancelled this was still running, and is given up: %s. "
                 "Let a cancelled task end, and keep blocking calls out of async code.",
                 request_task.owner,
-                request_task.call.name if request_task.call else "",
                 self.timeout,
+                ", ".join(names),
             )
 
     def leave_soon(self, request_task: RequestTask) -> None:
