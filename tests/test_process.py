@@ -25,6 +25,7 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.http import HttpResponse, StreamingHttpResponse
 
 from wsgi_loop import EventLoopContext, PerLoop, create_background_task, process
+from wsgi_loop.threads import STARTS_NONE_AT_EXIT
 
 from .support import Place, call_here, eventually, here, in_thread, loop_threads, serve
 
@@ -662,7 +663,12 @@ def test_a_log_handler_may_make_a_loop_call_when_a_loop_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("factory", [None, "uvloop.new_event_loop"])
-def test_the_end_of_a_process_waits_for_background_tasks_and_closes_what_is_open(factory: str | None) -> None:
+@pytest.mark.parametrize("last", ["asyncio.sleep(0)", "asyncio.get_running_loop().getaddrinfo('localhost', 80)"])
+def test_the_end_of_a_process_waits_for_background_tasks_and_closes_what_is_open(
+    last: str, factory: str | None
+) -> None:
+    if STARTS_NONE_AT_EXIT and "getaddrinfo" in last:
+        pytest.skip("Python 3.12.0 and 3.12.1 start no thread at the end of a process: use a later 3.12")
     done = run_script(
         f"""
         from contextlib import asynccontextmanager
@@ -672,7 +678,7 @@ def test_the_end_of_a_process_waits_for_background_tasks_and_closes_what_is_open
         @asynccontextmanager
         async def resource():
             yield 1
-            await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+            await {last}
             print("closed", flush=True)
 
         per_loop = wsgi_loop.PerLoop(resource)

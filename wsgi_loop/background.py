@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from . import bridge
 from .conf import Options, get_options
 from .process import get_process_loop
 from .scope import current_scope
+from .threads import SyncThread
 
 T = TypeVar("T")
 
@@ -43,18 +45,17 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
         options = request.options
         get = lambda: options  # noqa: E731
         description += f" of {request.owner}"
+    thread = SyncThread("wsgi-loop-background")
+    wrap = functools.partial(bridge.run_on_thread, thread, connections.close_all)
     try:
         running = get_process_loop(get)
         assert running.thread_id is not None
         context = bridge.detached_context(running.thread_id, _is_connection)
-        return running.start_background_task(coro, _on_own_thread, name, description, context)
+        return running.start_background_task(coro, wrap, name, description, context)
     except BaseException:
         coro.close()
+        thread.shutdown()
         raise
-
-
-def _on_own_thread(coro: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-    return bridge.run_on_own_thread(coro, connections.close_all)
 
 
 def _is_connection(value: object) -> bool:

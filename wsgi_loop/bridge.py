@@ -509,19 +509,25 @@ def make_process_loop(options: Options, end_thread: Callable[[], object]) -> Pro
     return running
 
 
-async def run_on_own_thread(coroutine: Coroutine[Any, Any, Any], end_thread: Callable[[], object]) -> Any:
-    """Await `coroutine`, with a thread of its own for its thread-sensitive calls.
+async def run_on_thread(
+    executor: SyncThread, end_thread: Callable[[], object], coroutine: Coroutine[Any, Any, Any]
+) -> Any:
+    """Await `coroutine`, with `executor` for its thread-sensitive calls.
 
     end_thread: called on that thread, if it was used, as the last thing.
     """
-    executor = SyncThread("wsgi-loop-background")
     async with ThreadSensitiveContext() as context:
         SyncToAsync.context_to_thread_executor[context] = executor
         try:
             return await coroutine
         finally:
-            if executor.is_used:
-                await sync_to_async(end_thread)()
+            try:
+                if executor.is_used:
+                    await sync_to_async(end_thread)()
+            finally:
+                # Not left to asgiref, which starts one more thread to wait for the end of this one.
+                SyncToAsync.context_to_thread_executor.pop(context, None)
+                executor.shutdown()
 
 
 def detached_context(thread_id: int, is_connection: Callable[[object], bool]) -> contextvars.Context:

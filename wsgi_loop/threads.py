@@ -16,6 +16,8 @@ from queue import SimpleQueue
 from typing import Any
 
 MAX_IDLE_THREADS = 8
+#: Python 3.12.0 and 3.12.1 start no thread when the end of the process has begun (CPython's issue 113964).
+STARTS_NONE_AT_EXIT = (3, 12) <= sys.version_info < (3, 12, 2)
 
 
 class NoThread(Exception):
@@ -111,17 +113,18 @@ class SyncThread(Executor):
 
     def __init__(self, name: str) -> None:
         self.is_used = False
-        self._name = name
         self._lock = threading.Lock()
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(self._jobs,), name=name, daemon=True)
+        if STARTS_NONE_AT_EXIT:
+            contextvars.Context().run(self._thread.start)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
-            if not self.is_used:
-                thread = threading.Thread(target=self._work, args=(self._jobs,), name=self._name, daemon=True)
-                contextvars.Context().run(thread.start)
-                self.is_used = True
+            if self._thread.ident is None:
+                contextvars.Context().run(self._thread.start)
+            self.is_used = True
         self._jobs.put((future, functools.partial(function, *args, **kwargs)))
         return future
 
