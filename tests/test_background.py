@@ -233,6 +233,7 @@ def test_it_can_be_cancelled_before_and_after_its_first_step() -> None:
     eventually(lambda: not running._background and not running._descriptions)
     gc.collect()
     assert not started.is_set()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "wsgi-sync-background"])
 
 
 def test_one_that_is_cut_off_is_named_and_its_future_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:

@@ -45,7 +45,7 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
         options = request.options
         get = lambda: options  # noqa: E731
         description += f" of {request.owner}"
-    thread = SyncThread("wsgi-loop-background")
+    thread = SyncThread("wsgi-sync-background")
     wrap = functools.partial(bridge.run_on_thread, thread, connections.close_all)
     try:
         running = get_process_loop(get)
@@ -54,7 +54,6 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
         return running.start_background_task(coro, wrap, name, description, context)
     except BaseException:
         coro.close()
-        thread.shutdown()
         raise
 
 

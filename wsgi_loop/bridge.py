@@ -489,7 +489,7 @@ def make_process_loop(options: Options, end_thread: Callable[[], object]) -> Pro
 
     end_thread: called on that thread, if it was used, as the last thing.
     """
-    executor = SyncThread("wsgi-loop-resources")
+    executor = SyncThread("wsgi-sync-resources")
 
     async def release() -> None:
         AsyncToSync.loop_thread_executors.pop(running.loop, None)

@@ -132,6 +132,10 @@ class SyncThread(Executor):
         """Let the thread end when it has run what it was given. Waits for nothing."""
         self._jobs.put(None)
 
+    def __del__(self) -> None:
+        # For a task that was never started.
+        self.shutdown()
+
     @staticmethod
     def _work(jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
         while (job := jobs.get()) is not None:
