@@ -11,6 +11,8 @@ import pytest
 from django.core.signals import request_finished, request_started
 from django.dispatch import Signal
 
+from wsgi_loop import process
+
 from .support import eventually
 
 Connect = Callable[..., None]
@@ -45,6 +47,14 @@ def loops() -> Iterator[list[asyncio.AbstractEventLoop]]:
     seen: list[asyncio.AbstractEventLoop] = []
     yield seen
     eventually(lambda: all(loop.is_closed() for loop in seen))
+
+
+@pytest.fixture
+def new_process_loop() -> Iterator[None]:
+    """The process loop that the test starts is its own, and ends with it."""
+    process.shut_down()
+    yield
+    process.shut_down()
 
 
 @pytest.fixture

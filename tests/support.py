@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -144,6 +147,22 @@ def in_thread(function: Callable[[], Any]) -> Any:
     if exc is not None:
         raise exc
     return result
+
+
+def in_child(function: Callable[[], Any], seconds: int = 20) -> None:
+    """Fork, call `function` in the child, and require that it ends well there, within so many seconds."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(seconds)  # a child that hangs is killed
+            function()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:

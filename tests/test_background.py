@@ -8,7 +8,7 @@ import contextvars
 import gc
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -28,11 +28,7 @@ from .support import eventually, here, serve
 var: contextvars.ContextVar[str] = contextvars.ContextVar("var", default="unset")
 
 
-@pytest.fixture(autouse=True)
-def _new_process_loop() -> Iterator[None]:
-    process.shut_down()
-    yield
-    process.shut_down()
+pytestmark = pytest.mark.usefixtures("new_process_loop")
 
 
 def start(*args: Any, **kwargs: Any) -> Any:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import os
-import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +16,7 @@ from django.http import HttpResponse
 
 from wsgi_loop import EventLoopContext, process
 
-from .support import Place, call_here, call_here_nested, eventually, here, in_thread, serve
+from .support import Place, call_here, call_here_nested, eventually, here, in_child, in_thread, serve
 
 SCOPES = pytest.mark.parametrize("scope", ["request", "process"])
 THREADS = 8
@@ -331,21 +328,6 @@ def test_what_is_set_in_a_contextvar_stays_set() -> None:
     contextvars.copy_context().run(check)
 
 
-def in_child(function: Callable[[], Any]) -> None:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.alarm(30)  # a child that hangs is killed
-            function()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
 @SCOPES
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_child_that_is_forked_in_a_block_does_not_touch_its_parents_loop(scope: str) -> None:
@@ -374,8 +356,8 @@ def test_a_child_that_is_forked_in_a_block_does_not_touch_its_parents_loop(scope
     with block:
         before = call_here()
         selector_of_parent.append(before.loop._selector)  # type: ignore[attr-defined]
-        in_child(child)
-        in_child(child_in_the_block)
+        in_child(child, seconds=30)
+        in_child(child_in_the_block, seconds=30)
         assert call_here() == before
     with EventLoopContext(scope=scope):
         assert (call_here().loop is before.loop) == (scope == "process")

@@ -33,11 +33,7 @@ ROOT = Path(__file__).parent.parent
 Connect = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def _new_process_loop() -> Iterator[None]:
-    process.shut_down()
-    yield
-    process.shut_down()
+pytestmark = pytest.mark.usefixtures("new_process_loop")
 
 
 def on_threads(number: int, function: Callable[[], Any]) -> list[Any]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
-import traceback
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from django.db import connection, transaction
 from django.http import HttpResponse, StreamingHttpResponse
 
 from .conftest import Connect
-from .support import call_here, eventually, here, in_thread, serve
+from .support import call_here, eventually, here, in_child, in_thread, serve
 
 ident = threading.get_ident
 
@@ -208,22 +205,6 @@ def test_eight_threads_with_their_own_loops() -> None:
     assert len(places) == len({loop for loop, _, _ in places}) == 8
     assert len({thread for _, thread, _ in places}) == 8
     assert {request_thread for _, _, request_thread in places} == {thread.ident for thread in threads}
-
-
-def in_child(function: Any) -> None:
-    """Fork, call `function` in the child, and require that it ends well there."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.alarm(20)  # a child that hangs is killed
-            function()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -306,11 +306,12 @@ def close(awaitable: Any) -> None:
         awaitable.close()
 
 
-def discard(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Close asgiref's coroutine and the user's in it, neither of which has been started."""
-    awaitable = inspect.getcoroutinelocals(coroutine)["awaitable"]
+def answer(coroutine: Coroutine[Any, Any, Any], exception: BaseException) -> None:
+    """Let a call that asgiref has handed over, and that was not started, raise `exception`."""
+    arguments = inspect.getcoroutinelocals(coroutine)
     coroutine.close()
-    close(awaitable)
+    close(arguments["awaitable"])
+    arguments["call_result"].set_exception(exception)
 
 
 class RequestCalls:
@@ -423,13 +424,6 @@ class SharedLoop(RequestCalls):
 
 #: Not even to be collected in a forked child: to close a loop there would take the parent's descriptors apart.
 _inherited: list[RunningLoop] = []
-
-
-def answer(coroutine: Coroutine[Any, Any, Any], exception: BaseException) -> None:
-    """Let a call that asgiref has handed over, and that was not started, raise `exception`."""
-    call_result: Future[Any] = inspect.getcoroutinelocals(coroutine)["call_result"]
-    discard(coroutine)
-    call_result.set_exception(exception)
 
 
 class _Adapter:

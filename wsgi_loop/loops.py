@@ -161,6 +161,15 @@ class RequestTask:
             self._next_call.set_result(None)
         return True
 
+    def running(self) -> dict[asyncio.Task[None], str]:
+        """Return the tasks that run a loop call now, with what to call them in logs. May be called on any thread."""
+        tasks = {task: task.get_name() for task in self.nested.copy()}
+        # Each read once: the call may end meanwhile.
+        task, call = self.task, self.call
+        if task is not None and call is not None:
+            tasks[task] = f"loop call {call.name}"
+        return tasks
+
     def end(self) -> None:
         """Take no more calls, and let the task end with the one that it runs."""
         self._ending = True
@@ -312,9 +321,7 @@ class RunningLoop:
     def _describe(self, task: asyncio.Task[Any]) -> str:
         for request_task in self._request_tasks.copy():
             if task is request_task.task:
-                # Read once: it may end meanwhile.
-                call = request_task.call
-                return f"loop call {call.name}" if call else "loop call"
+                return request_task.running().get(task, "loop call")
         if task.get_name().startswith("loop call "):
             return task.get_name()
         coroutine = task.get_coro()
@@ -404,6 +411,9 @@ class RunningLoop:
         finally:
             self._stop()
 
+    def _need_thread(self) -> None:
+        """Called when the end of the loop takes longer than was thought."""
+
     async def _drain(self) -> None:
         """Wait for what may take its time to end."""
 
@@ -418,6 +428,7 @@ class RunningLoop:
     async def _end_tasks(self, deadline: float) -> None:
         if self._given_up or not self._others():
             return
+        self._need_thread()
         await self._settle()
         tasks = self._others()
         if not tasks:
@@ -529,11 +540,10 @@ class RequestLoop(RunningLoop):
 
         sys.set_asyncgen_hooks(firstiter=watch)
 
-    async def _end_tasks(self, deadline: float) -> None:
-        if self._given_back and self._others():
+    def _need_thread(self) -> None:
+        if self._given_back:
             self._given_back = False
             self._threads.take_back()
-        await super()._end_tasks(deadline)
 
 
 class ProcessLoop(RunningLoop):
@@ -636,21 +646,18 @@ class ProcessLoop(RunningLoop):
     def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
         """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
         ended: Future[None] = Future()
-        clean = (request_task.call is None and not request_task.nested) or self._given_up
+        clean = not request_task.running() or self._given_up
         try:
             self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
         except RuntimeError:
             return  # the loop is closed
         if not clean and not wait(ended, self.timeout):
-            call = request_task.call
-            names = [f"loop call {call.name}"] if call else []
-            names += (task.get_name() for task in request_task.nested.copy())
             logger.error(
                 "%s: %s s (SHUTDOWN_TIMEOUT) after it was cancelled this was still running, and is given up: %s. "
                 "Let a cancelled task end, and keep blocking calls out of async code.",
                 request_task.owner,
                 self.timeout,
-                ", ".join(names),
+                ", ".join(sorted(request_task.running().values())),
             )
 
     def leave_soon(self, request_task: RequestTask) -> None:
@@ -690,17 +697,15 @@ class ProcessLoop(RunningLoop):
                 self.ready.set_result(None)
 
     def _end_request_task(self, request_task: RequestTask, ended: Future[None]) -> None:
-        cut_off = request_task.nested.copy()
-        if request_task.call is not None and request_task.task is not None:
-            cut_off.add(request_task.task)
-        names = ", ".join(sorted(map(self._describe, cut_off)))
+        cut_off = request_task.running()
         self._request_tasks.discard(request_task)
         request_task.end()
         if not cut_off:
             ended.set_result(None)
             return
+        names = ", ".join(sorted(cut_off.values()))
         logger.warning("%s: ended while %s still ran, which is cancelled.", request_task.owner, names)
-        left = cut_off.copy()
+        left = set(cut_off)
 
         def done(task: asyncio.Task[None]) -> None:
             left.discard(task)
