@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal as signals
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,3 +66,11 @@ def no_gc() -> Iterator[None]:
     yield
     gc.enable()
     gc.collect()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGUSR1 raises KeyboardInterrupt. Not SIGINT, which is ignored where the tests run in a shell's background."""
+    found = signals.signal(signals.SIGUSR1, signals.default_int_handler)
+    yield
+    signals.signal(signals.SIGUSR1, found)

@@ -1,7 +1,6 @@
 """The app to put in `INSTALLED_APPS` for the system checks; nothing else needs it."""
 
 from django.apps import AppConfig
-from django.core.checks import register
 
 
 class WSGILoopConfig(AppConfig):
@@ -9,6 +8,4 @@ class WSGILoopConfig(AppConfig):
     verbose_name = "wsgi-loop"
 
     def ready(self) -> None:
-        from .checks import check_setting
-
-        register(check_setting)
+        from . import checks  # noqa: F401 - they register themselves

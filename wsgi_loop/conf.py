@@ -14,6 +14,7 @@ from django.utils.module_loading import import_string
 
 from .loops import LoopFactory
 from .resources import AsyncContextFactory
+from .spares import new_event_loop
 
 DEFAULTS: dict[str, Any] = {
     "SCOPE": "request",
@@ -23,19 +24,20 @@ DEFAULTS: dict[str, Any] = {
     "LIFESPAN": None,
     "MAX_BACKGROUND_TASKS": 100,
 }
-ACCEPTED = {"SCOPE": ("request", "process"), "THREAD": ("own",)}
+ACCEPTED = {"SCOPE": ("request", "process"), "THREAD": ("own", "request")}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How requests get their event loops.
 
-    scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop
-    waits for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs.
-    max_background_tasks: how many may be in flight in a process.
+    scope: "request" or "process". thread: "own", or "request" where the loop runs on the request thread. loop_factory:
+    makes an event loop. shutdown_timeout: seconds that closing a loop waits for cancelled tasks. lifespan: makes what
+    is held open for as long as the process loop runs. max_background_tasks: how many may be in flight in a process.
     """
 
     scope: str
+    thread: str
     loop_factory: LoopFactory
     shutdown_timeout: float
     lifespan: AsyncContextFactory | None
@@ -54,9 +56,11 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
         raise ImproperlyConfigured(f"WSGI_LOOP is {configured!r}. It has to be a dict, such as {DEFAULTS!r}.")
     given = _known(source, overrides, upper=True)
     values = DEFAULTS | _known("WSGI_LOOP", configured) | given
+    # What is configured is for the scope that is configured.
     if given.get("SCOPE") == "request" and "LIFESPAN" not in given:
-        # What is configured is for the scope that is configured.
         values["LIFESPAN"] = None
+    if given.get("SCOPE") == "process" and "THREAD" not in given:
+        values["THREAD"] = "own"
     for key, accepted in ACCEPTED.items():
         if values[key] not in accepted:
             raise _invalid(key, values[key], " or ".join(map(repr, accepted)))
@@ -69,8 +73,11 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
     lifespan = values["LIFESPAN"]
     if lifespan is not None and values["SCOPE"] != "process":
         raise _invalid("LIFESPAN", lifespan, "None in scope 'request', which has no process loop to hold it open")
+    if values["THREAD"] == "request" and values["SCOPE"] == "process":
+        raise _invalid("THREAD", "request", "'own' in scope 'process', whose loop serves all request threads at a time")
     return Options(
         scope=values["SCOPE"],
+        thread=values["THREAD"],
         loop_factory=_loop_factory(values["LOOP_FACTORY"]),
         shutdown_timeout=float(timeout),
         lifespan=_lifespan(lifespan),
@@ -90,7 +97,7 @@ def _known(source: str, values: Mapping[Any, Any], upper: bool = False) -> dict[
 
 def _loop_factory(value: Any) -> LoopFactory:
     if value is None:
-        return asyncio.new_event_loop
+        return new_event_loop
     accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an event loop"
     factory: LoopFactory = _callable("LOOP_FACTORY", value, accepted)
     try:

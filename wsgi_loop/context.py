@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .bridge import LOOP, LOOP_PID, threadlocal
+from .bridge import LOOP, LOOP_PID, SCOPE, threadlocal
 from .conf import Options, get_options
 from .scope import RequestScope
 
@@ -69,6 +69,7 @@ class _BlockScope(RequestScope):
     def __init__(self, options: Options) -> None:
         self.options = options
         self.subject = f"EventLoopContext on thread {threading.current_thread().name!r}"
+        self.calls = None
         # No code runs in it. A scope without one is over.
         self._context = contextvars.Context()
 
@@ -81,6 +82,7 @@ def _has_loop() -> bool:
         loop = thread.get(LOOP)
         # A forked child does not have its parent's. asgiref leaves a closed loop on a thread that has run sync code.
         return thread.get(LOOP_PID) == os.getpid() and (
-            isinstance(loop, RequestScope) or (loop is not None and loop.is_running())
+            # A loop that runs on this very thread stands still while sync code runs.
+            isinstance(thread.get(SCOPE, loop), RequestScope) or (loop is not None and loop.is_running())
         )
     return True

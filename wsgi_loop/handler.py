@@ -18,8 +18,9 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers import wsgi
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
-from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
+from django.urls import get_script_prefix, get_urlconf, resolve, set_script_prefix, set_urlconf
 
+from . import forks
 from .bridge import keep_on_thread
 from .conf import get_options
 from .responses import ScopedIterable, serve_in
@@ -70,6 +71,7 @@ class WSGIHandler(wsgi.WSGIHandler):
         scope = HTTPScope()
         scope.options = self._options
         scope.subject = environ
+        scope.calls = None
         try:
             response: Any = scope.start(wsgi.WSGIHandler.__call__, self, environ, start_response)
         except BaseException:
@@ -84,13 +86,17 @@ class WSGIHandler(wsgi.WSGIHandler):
 
     def get_response(self, request: HttpRequest) -> HttpResponseBase:
         response: HttpResponseBase = wsgi.WSGIHandler.get_response(self, request)
-        if response.streaming and getattr(response, "file_to_stream", None) is not None:
+        if response.streaming:
             scope = current_scope()
             # Of this very request: a view may make another one, and call this for it.
-            if isinstance(scope, HTTPScope) and scope.subject is request.META and "wsgi.file_wrapper" in request.META:
-                # Before Django gives the response's close() to the file.
-                scope.serves_file = True
-                return serve_in(response, scope)
+            if isinstance(scope, HTTPScope) and scope.subject is request.META:
+                if getattr(response, "is_async", False):
+                    # Before a tool that wraps the response could have Django read it to its end.
+                    return serve_in(response, scope)
+                if getattr(response, "file_to_stream", None) is not None and "wsgi.file_wrapper" in request.META:
+                    # Before Django gives the response's close() to the file.
+                    scope.serves_file = True
+                    return serve_in(response, scope)
         return response
 
 
@@ -103,6 +109,13 @@ class HTTPScope(RequestScope):
     @property
     def owner(self) -> str:
         return f"{self.subject.get('REQUEST_METHOD', '')} {self.subject.get('PATH_INFO', '')!r}"
+
+    @property
+    def view(self) -> str:
+        try:
+            return resolve(self.subject["PATH_INFO"]).view_name
+        except Exception:  # there is none, or none yet
+            return "requests for no view"
 
     def per_thread(self) -> list[Any]:
         return [handler._connections for handler in _HANDLERS]
@@ -118,6 +131,8 @@ def _prepare_thread() -> None:
 
     Cache connections and task backends, as with Django's handler. The rest spares them work only.
     """
+    # Here, as each thread comes by once in its process: for uWSGI, which does not tell Python of its forks.
+    forks.check()
     keep_on_thread(handler._connections for handler in _HANDLERS)
     _kept_connections.set(caches._connections)  # type: ignore[attr-defined]
     if sys.version_info >= (3, 12):

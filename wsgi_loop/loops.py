@@ -21,9 +21,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import CancelledError, Future, InvalidStateError
+from functools import partial
 from typing import Any, Protocol
 
-from .resources import AsyncContextFactory, is_kept, keepers_of
+from .resources import AsyncContextFactory, drop_keepers, is_kept, keepers_of
 from .threads import threads
 
 logger = logging.getLogger("wsgi_loop")
@@ -31,6 +32,10 @@ logger = logging.getLogger("wsgi_loop")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 _UNSET: Any = object()
+#: Of a clean loop, before it is closed.
+_ROUNDS = 4
+#: In place of a loop's executor: uvloop's loops do not show if they have one.
+UNKNOWN = object()
 _SHUT_DOWN = "wsgi-loop shut-down"
 
 
@@ -45,14 +50,17 @@ class CallsContext:
     it is brought in line with the caller's: what the caller has unset since then is unset here too.
     """
 
-    __slots__ = ("__weakref__", "_tokens", "context")
+    __slots__ = ("__weakref__", "_tokens", "context", "follows")
 
     def __init__(self) -> None:
+        #: How often it has been brought in line.
+        self.follows = 0
         self.context = contextvars.Context()
         self._tokens: dict[contextvars.ContextVar[Any], contextvars.Token[Any]] = {}
 
     def follow(self, caller: contextvars.Context) -> None:
         """Make `context` the one to run a call in that `caller` makes."""
+        self.follows += 1
         if not self.context.run(self._align, caller):
             # Async code set a variable that its caller has dropped, and only its own token could unset it.
             self.context = caller.copy()
@@ -102,6 +110,13 @@ class LoopCall:
 
     __slots__ = ("calls_context", "coroutine", "name", "request_task")
 
+    #: One step of an async body, which goes on with the next one: so does the request for a cancellation.
+    is_step = False
+    #: That of calls_context, if it is in line with the caller's then.
+    follows: int | None = None
+    #: The end of an async body, which is not cut short by what came for a step.
+    is_end = False
+
     def __init__(
         self,
         coroutine: Coroutine[Any, Any, Any],
@@ -124,12 +139,28 @@ class LoopCall:
         """Called in place of `finish`, on any thread, when nobody knows if the coroutine will ever end."""
 
 
+def _without_generator_exit(exc: BaseException) -> Exception | None:
+    """Return what an async generator's end failed with, out of the group in which a task group wraps GeneratorExit."""
+    rest = exc.split(GeneratorExit)[1] if isinstance(exc, BaseExceptionGroup) else exc
+    if rest is not None and not isinstance(rest, Exception):
+        raise rest
+    return rest
+
+
+def name_of(found: Any) -> str:
+    """What to call a coroutine, a generator or another object in logs."""
+    return getattr(found, "__qualname__", None) or type(found).__qualname__
+
+
 class Adapter(Protocol):
     """Makes loop calls of what comes to `loop.call_soon_threadsafe`, on the thread that calls it."""
 
     def recognizes(self, args: tuple[Any, ...]) -> bool: ...
 
     def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> LoopCall: ...
+
+    def lend(self, running: RunningLoop, executor: Any, function: Callable[[], Any]) -> asyncio.Future[Any] | None:
+        """Have a waiting thread call a function, if that is what the executor is for."""
 
 
 class RequestTask:
@@ -143,22 +174,35 @@ class RequestTask:
         #: Those of the nested calls.
         self.nested: set[asyncio.Task[None]] = set()
         self._next_call: asyncio.Future[None] | None = None
+        #: The end of the body of which `call` is a step, and the context that it was handed over in.
+        self._end: tuple[LoopCall, contextvars.Context] | None = None
         self._ending = False
 
     def take(self, call: LoopCall, running: RunningLoop) -> bool:
         """Run `call`. False: another one is running, which waits for this one; or the request is over."""
-        if self._ending or self.call is not None or call.calls_context is None:
+        if self._ending or call.calls_context is None:
             return False
+        if self.call is not None:
+            return call.is_end and self.call.is_step and self._cut_off(call)
         self.call = call
-        call.calls_context.follow(contextvars.copy_context())
+        if call.follows != call.calls_context.follows:
+            call.calls_context.follow(contextvars.copy_context())
         if self.task is None or self.task.done():
             self.task = running.loop.create_task(
                 self._serve(running), name="wsgi-loop request task", context=contextvars.Context()
             )
             # For when it is cancelled before its first step, when none of its own code runs.
-            self.task.add_done_callback(lambda _: self._finish_call(running), context=contextvars.Context())
+            self.task.add_done_callback(lambda task: self._finish_task(task, running), context=contextvars.Context())
         elif self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
+        return True
+
+    def _cut_off(self, end: LoopCall) -> bool:
+        """Cancel the step that is running. Its thread was interrupted, or the server has another one close the body."""
+        assert self.task is not None
+        logger.warning("%s: ended while its body %s made a chunk, which is cancelled.", self.owner, end.name)
+        self._end = end, contextvars.copy_context()
+        self.task.cancel()
         return True
 
     def running(self) -> dict[asyncio.Task[None], str]:
@@ -181,11 +225,14 @@ class RequestTask:
 
         A cancellation that comes in between belongs to the next call, and is delivered to it as asyncio would: at
         its first suspension. What a call leaves behind of its own (a cancellation that it swallowed, or that came
-        too late for it) ends with it.
+        too late for it) ends with it. The steps of a body are one call in that: a step that is not suspended leaves
+        it to the next one. The end of a body is told by the generator's end, and not by a cancellation as well.
         """
         task = asyncio.current_task()
         assert task is not None
         undelivered: asyncio.CancelledError | None = None
+        # How many requests for cancellation the last step of a body has left.
+        carried = 0
         while not self._ending or self.call is not None:
             if self.call is None:
                 self._next_call = running.loop.create_future()
@@ -196,23 +243,47 @@ class RequestTask:
                     if task.cancelling():
                         undelivered = exc
                 continue
+            if not self.call.is_step and not self.call.is_end:
+                for _ in range(carried):
+                    task.uncancel()
             if undelivered is not None:
-                # Counted already when it came.
-                task.uncancel()
-                task.cancel(*undelivered.args)
+                if not self.call.is_end:
+                    # Counted already when it came.
+                    task.uncancel()
+                    task.cancel(*undelivered.args)
                 undelivered = None
             try:
                 await self._run(self.call)
             finally:
-                while task.cancelling():
-                    task.uncancel()
+                if self.call.is_step:
+                    carried = task.cancelling()
+                else:
+                    carried = 0
+                    while task.cancelling():
+                        task.uncancel()
                 # Last, and with nothing here that holds what the call held: its caller goes on at once.
                 self._finish_call(running)
 
     def _finish_call(self, running: RunningLoop) -> None:
         call, self.call = self.call, None
+        if self._end is not None:
+            self.call, context = self._end
+            self._end = None
+            assert self.call.calls_context is not None
+            self.call.calls_context.follow(context)
         if call is not None:
             running.finish(call)
+
+    def _finish_task(self, task: asyncio.Task[None], running: RunningLoop) -> None:
+        # These have been raised out of the loop as well, and asyncio would log that nobody has asked the task.
+        exc = None if task.cancelled() else task.exception()
+        if exc is not None and not isinstance(exc, KeyboardInterrupt | SystemExit):
+            running.loop.call_exception_handler({"message": "A request task failed", "exception": exc, "task": task})
+        self._finish_calls(running)
+
+    def _finish_calls(self, running: RunningLoop) -> None:
+        while self.call is not None:
+            self._finish_call(running)
 
     async def _run(self, call: LoopCall) -> None:
         assert call.calls_context is not None
@@ -243,6 +314,8 @@ class RunningLoop:
         self._calls: set[LoopCall] = set()
         #: Those of the requests that are on the loop now.
         self._request_tasks: set[RequestTask] = set()
+        #: The tasks that end an async body, with the async generators that this has let go of.
+        self._dropped: dict[asyncio.Task[Any] | None, list[Any]] = {}
         self._started = False
         self._accepting = True
         self._closing = False
@@ -251,7 +324,19 @@ class RunningLoop:
         # In an empty context: a loop's own callbacks keep the context that they are made in.
         self.loop = contextvars.Context().run(factory)
         self._post: Callable[..., Any] = self.loop.call_soon_threadsafe
-        self.loop.call_soon_threadsafe = self._call_soon_threadsafe  # type: ignore[method-assign, assignment]
+        self._run_in: Callable[..., Any] = self.loop.run_in_executor
+        stand_ins: dict[str, Any] = {
+            "call_soon_threadsafe": self._call_soon_threadsafe,
+            "run_in_executor": self._run_in_executor,
+        }
+        self._sets_hooks = hasattr(self.loop, "_asyncgen_firstiter_hook")
+        if self._sets_hooks:
+            # asyncio's own loops set these whenever they begin to run. Others are told then: see `_begin`.
+            found: Any = self.loop
+            stand_ins["_asyncgen_firstiter_hook"] = partial(self._begin_generator, found._asyncgen_firstiter_hook)
+            stand_ins["_asyncgen_finalizer_hook"] = partial(self._drop_generator, found._asyncgen_finalizer_hook)
+        self.loop.__dict__.update(stand_ins)
+        self._stand_ins = tuple(stand_ins)
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
@@ -261,21 +346,45 @@ class RunningLoop:
             return self.submit(*args)
         return self._post(callback, *args, context=context)
 
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """Stands in for the loop's own method, to which asgiref gives thread-sensitive calls."""
+        lent = None if args else self._adapter.lend(self, executor, function)
+        return self._run_in(executor, function, *args) if lent is None else lent
+
+    def answer(self, function: Callable[..., object], *args: Any) -> None:
+        """Have the loop call a function that sets the result of a future, on any thread."""
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._post(function, *args, context=contextvars.Context())
+
     def submit(self, coroutine: Coroutine[Any, Any, Any], adapter: Adapter | None = None) -> None:
-        """Hand a loop call over; from here on it is certain to be answered.
+        """Make a loop call of a coroutine, and `hand_over` that. Raises NoLoop when the loop takes no more calls."""
+        self.hand_over(lambda: (adapter or self._adapter).adapt(coroutine))
+
+    def hand_over(self, make_call: Callable[[], LoopCall]) -> None:
+        """Hand a loop call over, made only then; from here on it is certain to be answered.
 
         Raises NoLoop when the loop takes no more calls.
         """
         with self._lock:
-            if not self._accepting:
-                raise NoLoop(f"{self.owner}: its event loop takes no more calls")
-            call = (adapter or self._adapter).adapt(coroutine)
-            # Before the loop can see it, which may be done with it at once.
-            self._calls.add(call)
-            self._post(self._accept, call)
-            if not self._started:
-                # Only now, with its first call waiting, so that the thread does not go to sleep in between.
+            call = self._add(make_call)
+            if self._started:
+                self._post(self._accept, call)
+            else:
+                # Nobody is asleep in the loop yet who would have to be woken up, and with this waiting nobody will be.
+                self.loop.call_soon(self._accept, call)
                 self._start()
+
+    def _add(self, make_call: Callable[[], LoopCall]) -> LoopCall:
+        if not self._accepting:
+            raise NoLoop(f"{self.owner}: its event loop takes no more calls")
+        call = make_call()
+        # Before the loop can see it, which may be done with it at once.
+        self._calls.add(call)
+        return call
+
+    def has(self, call: LoopCall) -> bool:
+        """Tell if a call was handed over and has not ended yet."""
+        return call in self._calls
 
     def _start(self) -> None:
         try:
@@ -295,7 +404,8 @@ class RunningLoop:
         idle = {request_task.task for request_task in self._request_tasks.copy() if request_task.call is None}
         return asyncio.all_tasks(self.loop) - idle
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Take no more calls, and let those that run go. Logs what they are."""
         # Whoever else notices goes on only when it has been logged.
         with self._giving_up:
             with self._lock:
@@ -307,11 +417,12 @@ class RunningLoop:
                 self._calls.clear()
             names = sorted(self._describe(task) for task in self._left_overs() if task.get_name() != _SHUT_DOWN)
             logger.error(
-                "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. Its "
-                "loop thread is not used again. Let a cancelled task end, and keep blocking calls out of async code.",
+                "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. %sLet a "
+                "cancelled task end, and keep blocking calls out of async code.",
                 self.owner,
                 self.timeout,
                 ", ".join(names) or "an async generator, or a thread of the loop's default executor",
+                self.consequence,
             )
         for call in calls:
             call.abandon(f"{self.owner}: its event loop was given up while loop call {call.name} was running")
@@ -336,7 +447,7 @@ class RunningLoop:
         self.thread_id = threading.get_ident()
         try:
             while not self._stopped:
-                self.loop.call_soon(self._begin, context=contextvars.Context())
+                self._prepare()
                 try:
                     self.loop.run_forever()
                 except (SystemExit, KeyboardInterrupt):
@@ -350,8 +461,61 @@ class RunningLoop:
     def _return_thread(self) -> bool:
         return not self._given_up and self._threads.give_back()
 
+    def _prepare(self) -> None:
+        """Called when the loop is about to run, also after it was interrupted."""
+        if not self._sets_hooks:
+            self.loop.call_soon(self._begin, context=contextvars.Context())
+
     def _begin(self) -> None:
-        """Called when the loop has begun to run, also after it was interrupted."""
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(
+            firstiter=partial(self._begin_generator, hooks.firstiter),
+            finalizer=partial(self._drop_generator, hooks.finalizer),
+        )
+
+    def _begin_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
+        """Called when an async generator takes its first step. of_loop: what the loop does then."""
+        if of_loop is not None:
+            of_loop(generator)
+
+    def _drop_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
+        """Called when an async generator is dropped before its end. of_loop: what the loop does then."""
+        dropped = None
+        if self._dropped and threading.get_ident() == self.thread_id:
+            dropped = self._dropped.get(asyncio.current_task(self.loop))
+        if dropped is not None:
+            dropped.append(generator)
+        elif of_loop is not None:
+            of_loop(generator)
+
+    async def end_body(self, iterator: Any, owner: str) -> None:
+        """Close an async iterator, and then the async generators that it went through, in this same task.
+
+        asyncio would close those that are dropped in tasks of their own, where no cancel scope or task group can be
+        left. Those that do not end within `timeout` seconds are cancelled. Nothing is raised: it is logged.
+        """
+        task = asyncio.current_task()
+        closing = self._dropped[task] = [iterator]
+        del iterator
+        try:
+            async with asyncio.timeout(self.timeout):
+                for found in closing:
+                    name = name_of(found)
+                    try:
+                        await found.aclose()
+                    except (Exception, BaseExceptionGroup) as exc:
+                        failed = _without_generator_exit(exc)
+                        if failed is not None:
+                            logger.error("%s: the end of its body %s failed", owner, name, exc_info=failed)
+        except TimeoutError:
+            logger.error(
+                "%s: its body %s was cancelled, because it did not end within %s s (SHUTDOWN_TIMEOUT).",
+                owner,
+                name,
+                self.timeout,
+            )
+        finally:
+            del self._dropped[task]
 
     def _accept(self, call: LoopCall) -> None:
         with self._lock:
@@ -405,7 +569,7 @@ class RunningLoop:
             for shut_down in (self.loop.shutdown_asyncgens, self.loop.shutdown_default_executor):
                 await asyncio.wait_for(shut_down(), max(deadline - self.loop.time(), 0.001))
         except TimeoutError:
-            self._give_up()
+            self.give_up()
         except Exception:
             logger.exception("%s: closing its event loop failed", self.owner)
         finally:
@@ -438,7 +602,7 @@ class RunningLoop:
             task.cancel()
         _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
         if pending:
-            self._give_up()
+            self.give_up()
         for task in tasks:
             if task.done() and not task.cancelled() and (exc := task.exception()) is not None:
                 self.loop.call_exception_handler(
@@ -456,6 +620,8 @@ class RunningLoop:
 
     #: What to do about left-over tasks.
     remedy = ""
+    #: What it means that the loop is given up.
+    consequence = "Its loop thread is not used again. "
 
     def _others(self) -> set[asyncio.Task[Any]]:
         tasks = self._left_overs() - {asyncio.current_task()}
@@ -474,7 +640,8 @@ class RunningLoop:
             coroutine = task.get_coro()
             try:
                 if coroutine is not None:
-                    coroutine.close()
+                    # What it sets in contextvars as it ends is not for this thread.
+                    contextvars.Context().run(coroutine.close)
             except BaseException:
                 logger.debug("%s: %s ignored its end", self.owner, task.get_name(), exc_info=True)
             # It was named in an error already; asyncio would name it once more.
@@ -482,8 +649,14 @@ class RunningLoop:
         for call in list(self._calls):
             with contextlib.suppress(RuntimeError):  # it ignored its end
                 self.finish(call)
+        self._close_clean()
+
+    def _close_clean(self) -> None:
+        """Close the loop, on which nothing is left."""
+        with self._lock:
+            self._accepting = False
         self._request_tasks.clear()
-        keepers_of(self.loop).drop()
+        drop_keepers(self.loop)
         self._close_loop()
         self.ended.set_result(None)
 
@@ -491,7 +664,8 @@ class RunningLoop:
         self.loop.close()
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
-        self.loop.__dict__.pop("call_soon_threadsafe", None)
+        for name in self._stand_ins:
+            self.loop.__dict__.pop(name, None)
 
 
 class RequestLoop(RunningLoop):
@@ -516,29 +690,49 @@ class RequestLoop(RunningLoop):
         if not self._started:
             self._close_loop()
             return
-        clean = not self._calls and not self._left_overs() and not self._open_generators()
-        # Unknown (a loop that hides it) counts as used: the thread is then given back only when it is free.
-        if clean and getattr(self.loop, "_default_executor", self) is None:
+        clean = self._is_clean()
+        # UNKNOWN counts as used: the thread is then given back only when it is free.
+        if clean and self._default_executor() is None:
             self._given_back = self._threads.give_back()
+            self._post(self._end_clean, context=contextvars.Context())
+            return
         self.close_soon()
         if not clean and not wait(self.ended, self.timeout):
-            self._give_up()
+            self.give_up()
+
+    def _is_clean(self) -> bool:
+        return not self._calls and not self._left_overs() and not self._open_generators()
 
     def _open_generators(self) -> bool:
-        return any(generator.ag_frame is not None for generator in self._generators.copy())
+        return bool(self._generators) and any(found.ag_frame is not None for found in self._generators.copy())
+
+    def _default_executor(self) -> object:
+        return getattr(self.loop, "_default_executor", UNKNOWN)
+
+    def _end_clean(self, rounds: int = _ROUNDS) -> None:
+        """Close the loop with no more ado, if it still is as clean as it was. Called on the loop thread."""
+        for request_task in self._request_tasks:
+            request_task.end()
+        if rounds:
+            # For what is about to end: that task, connections that were closed.
+            self.loop.call_soon(self._end_clean, rounds - 1, context=contextvars.Context())
+            return
+        clean = not self._closing and self._is_clean() and self._default_executor() is None
+        with self._lock:
+            clean = clean and not self._calls
+            if clean:
+                self._accepting = False
+        if clean:
+            self._stop()
+        else:
+            self._begin_shut_down()
 
     def _return_thread(self) -> bool:
         return not self._given_up and (self._given_back or self._threads.give_back())
 
-    def _begin(self) -> None:
-        firstiter = sys.get_asyncgen_hooks().firstiter
-
-        def watch(generator: Any) -> None:
-            self._generators.add(generator)
-            if firstiter is not None:
-                firstiter(generator)
-
-        sys.set_asyncgen_hooks(firstiter=watch)
+    def _begin_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
+        self._generators.add(generator)
+        super()._begin_generator(of_loop, generator)
 
     def _need_thread(self) -> None:
         if self._given_back:
@@ -628,8 +822,8 @@ class ProcessLoop(RunningLoop):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._post(task.cancel, context=contextvars.Context())
 
-    def _give_up(self) -> None:
-        super()._give_up()
+    def give_up(self) -> None:
+        super().give_up()
         for future in list(self._background):
             self._settle_future(future, CancelledError(f"{self.owner} was given up"))
         with contextlib.suppress(InvalidStateError):
@@ -645,13 +839,15 @@ class ProcessLoop(RunningLoop):
 
     def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
         """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
+        if not request_task.running() or self._given_up:
+            self.leave_soon(request_task)
+            return
         ended: Future[None] = Future()
-        clean = not request_task.running() or self._given_up
         try:
             self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
         except RuntimeError:
             return  # the loop is closed
-        if not clean and not wait(ended, self.timeout):
+        if not wait(ended, self.timeout):
             logger.error(
                 "%s: %s s (SHUTDOWN_TIMEOUT) after it was cancelled this was still running, and is given up: %s. "
                 "Let a cancelled task end, and keep blocking calls out of async code.",
@@ -663,7 +859,7 @@ class ProcessLoop(RunningLoop):
     def leave_soon(self, request_task: RequestTask) -> None:
         """The same, and wait for nothing. Takes no lock: a finalizer may call it."""
         with contextlib.suppress(RuntimeError):  # it is closed already
-            self._post(self._end_request_task, request_task, Future(), context=contextvars.Context())
+            self._post(self._end_request_task, request_task, None, context=contextvars.Context())
 
     def shut_down(self) -> None:
         """Close the loop. Waits at most `timeout` seconds for what runs, and as long again for what it then cancels."""
@@ -674,7 +870,7 @@ class ProcessLoop(RunningLoop):
             pass
         finally:
             # Also when a signal interrupts the waiting: what is lost then is named.
-            self._give_up()
+            self.give_up()
 
     # --- on the loop thread --------------------------------------------------------------------------------------
 
@@ -696,12 +892,14 @@ class ProcessLoop(RunningLoop):
             with contextlib.suppress(InvalidStateError):
                 self.ready.set_result(None)
 
-    def _end_request_task(self, request_task: RequestTask, ended: Future[None]) -> None:
+    def _end_request_task(self, request_task: RequestTask, ended: Future[None] | None) -> None:
+        """End it, and what it still runs. ended: for whoever waits for that."""
         cut_off = request_task.running()
         self._request_tasks.discard(request_task)
         request_task.end()
         if not cut_off:
-            ended.set_result(None)
+            if ended is not None:
+                ended.set_result(None)
             return
         names = ", ".join(sorted(cut_off.values()))
         logger.warning("%s: ended while %s still ran, which is cancelled.", request_task.owner, names)
@@ -709,7 +907,7 @@ class ProcessLoop(RunningLoop):
 
         def done(task: asyncio.Task[None]) -> None:
             left.discard(task)
-            if not left:
+            if not left and ended is not None:
                 ended.set_result(None)
 
         for task in cut_off:

@@ -6,13 +6,12 @@ A forked child has no process loop until it uses one, and never touches its pare
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - what it does at the end of the process is to come after ours
-import os
 import threading
 from collections.abc import Callable
 
 from django.db import connections
 
-from . import bridge
+from . import bridge, forks
 from .conf import Options
 from .loops import NoLoop, ProcessLoop
 from .resources import kept
@@ -24,6 +23,7 @@ _inherited: list[ProcessLoop] = []
 _ended = False
 
 
+@forks.in_child
 def _after_fork() -> None:
     global _lock, _loop
     _lock = threading.RLock()
@@ -32,16 +32,13 @@ def _after_fork() -> None:
         _loop = None
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def get_process_loop(options: Callable[[], Options]) -> ProcessLoop:
     """Return the loop of this process. The first use starts it with `options`, and waits for its lifespan.
 
     Raises what the lifespan raises, and the next use starts another loop; `NoLoop` when the process is ending.
     """
     global _loop
+    forks.check()
     running = _loop
     if running is None or _has_failed(running):
         with _lock:

@@ -196,6 +196,13 @@ def keepers_of(loop: asyncio.AbstractEventLoop) -> Keepers:
     return keepers
 
 
+def drop_keepers(loop: asyncio.AbstractEventLoop) -> None:
+    """Have the keepers of a loop that is about to be closed let go of what they hold, if it has any."""
+    keepers = _keepers.get(loop)
+    if keepers is not None:
+        keepers.drop()
+
+
 def is_kept(task: asyncio.Task[Any]) -> bool:
     """Tell if the task is a keeper, or was started by what one holds open."""
     if hasattr(task, "get_context"):  # from Python 3.12 on

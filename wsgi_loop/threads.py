@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import os
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 from typing import Any
+
+from . import forks
 
 MAX_IDLE_THREADS = 8
 #: Python 3.12.0 and 3.12.1 start no thread when the end of the process has begun (CPython's issue 113964).
@@ -150,5 +151,4 @@ class SyncThread(Executor):
 
 
 threads = LoopThreads()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=threads.reset)
+forks.in_child(threads.reset)
