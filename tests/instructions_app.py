@@ -1,4 +1,4 @@
-"""Serve sync requests in forked children: what `test_instructions` counts the instructions of.
+"""Serve sync requests in forked children: what `benchmarks.instructions` counts the instructions of.
 
 python -m tests.instructions_app bare|default SEED FEW MANY
 
@@ -100,7 +100,7 @@ def shuffle_classes(seed: int) -> None:
     """Give every class another place in the cache through which CPython finds attributes.
 
     Which of them evict each other is chance, and decides over some thousand instructions a request. With the same
-    seed it is the same for both handlers.
+    seed it is the same for all handlers.
     """
     classes = sorted(subclasses(object), key=lambda cls: (cls.__module__, cls.__qualname__))
     random.Random(seed).shuffle(classes)
@@ -124,7 +124,12 @@ def main(workload: str, seed: int, *counts: int) -> None:
     from wsgi_loop import WSGIHandler
 
     # All that is imported is imported here, so that the children differ in nothing but what serves.
-    handlers = {"stock": DjangoHandler(), "wsgi-loop": WSGIHandler()}
+    handlers = {
+        "stock": DjangoHandler(),
+        "own": WSGIHandler(),
+        "process": WSGIHandler(scope="process"),
+        "request": WSGIHandler(thread="request"),
+    }
     environ = BROWSER if default else BARE
     shuffle_classes(seed)
     for which, handler in handlers.items():

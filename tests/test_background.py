@@ -31,9 +31,9 @@ var: contextvars.ContextVar[str] = contextvars.ContextVar("var", default="unset"
 pytestmark = pytest.mark.usefixtures("new_process_loop")
 
 
-def start(*args: Any, **kwargs: Any) -> Any:
+def start(*args: Any, shutdown_timeout: float = 0.3, **kwargs: Any) -> Any:
     """Start a background task, with a short bound at its end."""
-    with EventLoopContext(shutdown_timeout=0.3):
+    with EventLoopContext(shutdown_timeout=shutdown_timeout):
         return create_background_task(*args, **kwargs)
 
 
@@ -92,8 +92,13 @@ def test_it_has_a_thread_and_connections_of_its_own_and_closes_them(scope: str) 
         connection.ensure_connection()
         return threading.get_ident(), connections["default"], caches["default"]
 
+    both = asyncio.Barrier(2)
+
     async def work() -> Any:
-        return [await sync_to_async(use)() for _ in range(2)]
+        used = [await sync_to_async(use)() for _ in range(2)]
+        # The thread of one that has ended might be the other's, by its number.
+        await both.wait()
+        return used
 
     async def view(request: Any) -> HttpResponse:
         # Where what the loop thread keeps of connections is in the context, too.
@@ -233,7 +238,7 @@ def test_it_can_be_cancelled_before_and_after_its_first_step() -> None:
 
 
 def test_one_that_is_cut_off_is_named_and_its_future_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
-    future = start(asyncio.sleep(3600), name="endless")
+    future = start(asyncio.sleep(3600), name="endless", shutdown_timeout=1)
     process.shut_down()
     with pytest.raises(CancelledError):
         future.result(30)

@@ -1,7 +1,9 @@
-"""The examples of docs/scopes.md, as they stand: served in the scopes that the page says, against real servers."""
+"""The examples of the docs, as they stand: served in the scopes that the pages say, against real servers."""
 
 from __future__ import annotations
 
+import asyncio
+import csv
 import importlib
 import io
 import json
@@ -10,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +22,7 @@ from urllib.parse import urlencode
 
 import pytest
 import redis
+import redis.asyncio
 from django.conf import settings
 from django.contrib.auth.models import User
 from django.core.management import call_command
@@ -30,7 +34,7 @@ from .services.support import connected_postgres, connected_redis, count_postgre
 from .support import eventually, serve
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "scopes.md"
+PAGES = [ROOT / "docs" / name for name in ("scopes.md", "streaming.md")]
 KEY = "wsgi-loop-docs:visits"
 SCOPES = pytest.mark.parametrize("scope", ["request", "process"])
 
@@ -39,9 +43,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks() -> dict[str, str]:
-    """The page's blocks of code, by the file that the first line of each names."""
+    """The pages' blocks of code, by the file that the first line of each names."""
     found: dict[str, str] = {}
-    for code in BLOCK.findall(PAGE.read_text()):
+    for code in [code for page in PAGES for code in BLOCK.findall(page.read_text())]:
         first_line = code.partition("\n")[0]
         match = re.fullmatch(r"# (mysite/[a-z_/]+\.py)", first_line)
         assert match, f"{first_line!r} does not say which file this is"
@@ -98,7 +102,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[API]:
 
 
 class Site:
-    """The page's files, where Python finds them; and what their clients are called by the servers."""
+    """The pages' files, where Python finds them; and what their clients are called by the servers."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -146,6 +150,9 @@ def test_every_block_is_used_here() -> None:
             "signup",
             "management/commands/count",
             "tasks",
+            "export",
+            "events",
+            "sources",
         )
     }
 
@@ -257,3 +264,60 @@ def test_a_celery_task(mysite: Site, redis_server: redis.Redis) -> None:
     worker_process_shutdown.disconnect(tasks.close_process_loop)
     assert process._loop is None
     eventually(lambda: count_redis_connections(redis_server, mysite.name) == 0, 30)
+
+
+@pytest.mark.django_db(transaction=True)
+@SCOPES
+def test_a_csv_export(mysite: Site, scope: str) -> None:
+    names = [f"{number:0100}" for number in range(1500)]
+    User.objects.bulk_create([User(username=name) for name in names])
+    with serve(mysite.module("export").export, scope=scope) as server:
+        response = server.open()
+        chunks = [*response]
+        response.close()
+    assert len(chunks) == 3
+    assert all(len(chunk) < 65 * 1024 for chunk in chunks)
+    assert [row[1] for row in csv.reader(io.StringIO(b"".join(chunks).decode()))] == names
+
+
+@SCOPES
+def test_server_sent_events(mysite: Site, redis_server: redis.Redis, scope: str) -> None:
+    with serve(mysite.module("events").events, scope=scope) as server:
+        response = server.open()
+        chunks = iter(response)
+        assert next(chunks) == b"retry: 1000\n\n"
+        eventually(lambda: redis_server.pubsub_numsub("news")[0][1])
+        redis_server.publish("news", mysite.name)
+        # Another run of this test may send along.
+        assert f"data: {mysite.name}\n\n".encode() in chunks
+        # The client goes away.
+        response.close()
+        process.shut_down()
+    eventually(lambda: count_redis_connections(redis_server, mysite.name) == 0, 30)
+
+
+@SCOPES
+def test_the_heartbeat_and_the_end_of_server_sent_events(
+    mysite: Site, redis_server: redis.Redis, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = mysite.module("events")
+    # In milliseconds, what the page says in seconds.
+    shorter = types.SimpleNamespace(timeout=lambda seconds: asyncio.timeout(seconds / 1000))
+    get_message = redis.asyncio.client.PubSub.get_message
+    monkeypatch.setattr(events, "asyncio", shorter)
+    monkeypatch.setattr(
+        redis.asyncio.client.PubSub,
+        "get_message",
+        lambda self, timeout, **options: get_message(self, timeout=timeout / 1000, **options),
+    )
+    with serve(events.events, scope=scope) as server:
+        body = server.get()
+    assert b": still here\n\n" in body
+    assert body.endswith(b"event: bye\ndata:\n\n")
+
+
+@SCOPES
+def test_several_sources(mysite: Site, api: API, scope: str) -> None:
+    with serve(mysite.module("sources").sources, scope=scope) as server:
+        answers = [json.loads(line) for line in server.get().splitlines()]
+    assert sorted(answers, key=str) == sorted(ANSWERS.values(), key=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,30 +14,40 @@ from wsgi_loop import loops
 from wsgi_loop.loops import run_in_context
 from wsgi_loop.threads import MAX_IDLE_THREADS, LoopThreads
 
-from .support import call_here, eventually, serve
+from .support import call_here, eventually, loop_threads, serve
+
+
+@pytest.fixture
+def pool() -> Iterator[LoopThreads]:
+    """A pool of the test's own, the idle threads of which end with it."""
+    before = len(loop_threads())
+    pool = LoopThreads()
+    yield pool
+    eventually(lambda: pool._free == len(loop_threads()) - before)
+    for _ in range(pool._free):
+        pool._jobs.put(lambda: False)
+    eventually(lambda: len(loop_threads()) == before)
 
 
 def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pool: LoopThreads
 ) -> None:
     def start(self: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    threads = LoopThreads()
-    monkeypatch.setattr(loops, "threads", threads)
+    monkeypatch.setattr(loops, "threads", pool)
     with serve(lambda request: HttpResponse(str(call_here().thread))) as server:
         monkeypatch.setattr(threading.Thread, "start", start)
         server.get()
         assert server.status.startswith("500")
         assert "A loop thread could not be started: can't start new thread" in caplog.text
         monkeypatch.undo()
-        monkeypatch.setattr(loops, "threads", threads)
+        monkeypatch.setattr(loops, "threads", pool)
         server.get()
         assert server.status.startswith("200")
 
 
-def test_at_most_eight_threads_stay_idle() -> None:
-    pool = LoopThreads()
+def test_at_most_eight_threads_stay_idle(pool: LoopThreads) -> None:
     barrier = threading.Barrier(12)
     before = set(threading.enumerate())
 
@@ -50,8 +61,7 @@ def test_at_most_eight_threads_stay_idle() -> None:
     assert pool.started == 12
 
 
-def test_an_idle_thread_is_used_again() -> None:
-    pool = LoopThreads()
+def test_an_idle_thread_is_used_again(pool: LoopThreads) -> None:
     seen: list[int] = []
     done = threading.Event()
 
@@ -68,8 +78,7 @@ def test_an_idle_thread_is_used_again() -> None:
     assert len(set(seen)) == 1
 
 
-def test_a_thread_that_was_given_back_too_early_does_not_hold_up_the_next_job() -> None:
-    pool = LoopThreads()
+def test_a_thread_that_was_given_back_too_early_does_not_hold_up_the_next_job(pool: LoopThreads) -> None:
     release, taken, next_ran = threading.Event(), threading.Event(), threading.Event()
 
     def slow() -> bool:

@@ -232,6 +232,10 @@ def query() -> None:
     call(sync_to_async(lambda: None))()
 
 
+async def expire_soon(timeout: asyncio.Timeout) -> None:
+    timeout.reschedule(asyncio.get_running_loop().time() + 0.01)
+
+
 def test_a_timeout_entered_in_one_call_and_left_in_another() -> None:
     def view() -> Any:
         timeout = call(make)(lambda: asyncio.timeout(10))
@@ -245,9 +249,10 @@ def test_a_timeout_entered_in_one_call_and_left_in_another() -> None:
 
 def test_a_timeout_that_expires_between_two_calls_cancels_the_next_one() -> None:
     def view() -> Any:
-        timeout = call(make)(lambda: asyncio.timeout(0.01))
+        timeout = call(make)(lambda: asyncio.timeout(None))
         call(enter)(timeout)
         query()
+        call(expire_soon)(timeout)
         threading.Event().wait(0.1)
         with pytest.raises(asyncio.CancelledError) as caught:
             call(asyncio.sleep)(10)
@@ -340,6 +345,10 @@ async def leave_sync(manager: Any, *exc_info: Any) -> Any:
     return manager.__exit__(*(exc_info or (None, None, None)))
 
 
+async def scope_expires_soon(scope: anyio.CancelScope) -> None:
+    scope.deadline = anyio.current_time() + 0.01
+
+
 def test_an_anyio_cancel_scope_entered_in_one_call_and_left_in_another() -> None:
     def view() -> Any:
         scope = call(make)(lambda: anyio.CancelScope())
@@ -353,9 +362,10 @@ def test_an_anyio_cancel_scope_entered_in_one_call_and_left_in_another() -> None
 
 def test_an_anyio_cancel_scope_that_expires_between_two_calls() -> None:
     def view() -> Any:
-        scope = call(make)(lambda: anyio.move_on_after(0.01))
+        scope = call(make)(lambda: anyio.CancelScope())
         call(enter_sync)(scope)
         query()
+        call(scope_expires_soon)(scope)
         threading.Event().wait(0.05)
         with pytest.raises(asyncio.CancelledError) as caught:
             call(asyncio.sleep)(10)

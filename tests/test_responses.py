@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import pickle
 import threading
@@ -281,23 +280,6 @@ def test_a_tool_that_wraps_what_the_handler_returns_is_inside_the_request(monkey
     assert len(places) == 4
     assert len({place.loop for place in places}) == 1
     eventually(places[0].loop.is_closed)
-
-
-def test_an_async_stream_is_read_on_the_requests_loop() -> None:
-    loops: list[Any] = []
-
-    async def body() -> Any:
-        loops.append(asyncio.get_running_loop())
-        yield b"x"
-
-    def view(request: Any) -> Any:
-        loops.append(call_here().loop)
-        return StreamingHttpResponse(body())
-
-    # The warning is Django's own: it reads an asynchronous iterator to its end under WSGI.
-    with serve(view) as server, pytest.warns(Warning, match="must consume asynchronous iterators"):
-        assert server.get() == b"x"
-    assert loops[0] is loops[1]
 
 
 def test_response_classes_that_are_made_in_a_view_are_not_kept(no_gc: None) -> None:

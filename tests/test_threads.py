@@ -128,7 +128,7 @@ def test_a_call_made_after_the_request_gets_an_error_that_says_what_to_do(caplog
         await asyncio.sleep(0)
         return HttpResponse()
 
-    with serve(view, shutdown_timeout=0.1) as server:
+    with serve(view, shutdown_timeout=0.5) as server:
         server.get("/late")
         release.set()
     eventually(lambda: errors)
@@ -159,8 +159,10 @@ def test_a_nested_call_does_not_run_work_that_was_meant_for_an_outer_one() -> No
 
 def test_cancelling_async_code_cancels_the_nested_call_below_it_and_not_the_request_task() -> None:
     cancelled: list[Any] = []
+    started: list[bool] = []
 
     async def nested() -> None:
+        started.append(True)
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
@@ -169,7 +171,8 @@ def test_cancelling_async_code_cancels_the_nested_call_below_it_and_not_the_requ
 
     async def start() -> Any:
         task = asyncio.ensure_future(sync_to_async(async_to_sync(nested))())
-        await asyncio.sleep(0.05)
+        while not started:
+            await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -47,6 +47,7 @@ def database(postgres_server: psycopg.Connection[Any]) -> Iterator[str]:
             with connections["postgres"].schema_editor() as editor:
                 editor.create_model(ContentType)
             connections["postgres"].close()
+            eventually(lambda: count_postgres_connections(postgres_server, NAME) == 0, 30)
             yield "postgres"
         finally:
             connections["postgres"].close()

@@ -484,8 +484,7 @@ def test_a_loop_that_is_closed_is_held_by_nothing_of_ours() -> None:
 
     for run in (run_in_request, run_in_process_loop, run_by_asyncio):
         run(work)
-    eventually(lambda: gc.collect() is not None and not any(loop() for loop in loops), 30)
-    assert not _keepers
+    eventually(lambda: gc.collect() is not None and not any(loop() for loop in loops) and not _keepers, 30)
 
 
 def test_a_use_after_asyncio_run_has_ended_it_is_an_error_too() -> None:
