@@ -120,7 +120,10 @@ def row_of(request: HttpRequest) -> str:
 
 
 def connect() -> redis.asyncio.Redis:
-    return redis.asyncio.Redis.from_url(SITE["redis"], client_name=SITE["name"])
+    # Its own 5 s would be one more fault, on a busy machine.
+    return redis.asyncio.Redis.from_url(
+        SITE["redis"], client_name=SITE["name"], socket_timeout=60, socket_connect_timeout=60
+    )
 
 
 connected = PerLoop(connect)

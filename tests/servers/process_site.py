@@ -56,8 +56,13 @@ WSGI_LOOP = SITE["wsgi_loop"]
 
 REDIS_MAX, POSTGRES_MAX, HTTP_MAX = 8, 4, 8
 
-counter = redis.asyncio.Redis.from_url(SITE["redis"], max_connections=REDIS_MAX, client_name=SITE["name"])
-http = httpx.AsyncClient(limits=httpx.Limits(max_connections=HTTP_MAX), timeout=60, trust_env=False)
+# On a busy machine 5 s, after which both give up or leave an idle connection by default, are not long.
+counter = redis.asyncio.Redis.from_url(
+    SITE["redis"], max_connections=REDIS_MAX, client_name=SITE["name"], socket_timeout=60, socket_connect_timeout=60
+)
+http = httpx.AsyncClient(
+    limits=httpx.Limits(max_connections=HTTP_MAX, keepalive_expiry=None), timeout=60, trust_env=False
+)
 
 
 class Pool(AsyncConnectionPool):

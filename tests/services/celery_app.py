@@ -35,8 +35,9 @@ app.conf.update(
 )
 
 # Plain clients in a module, made before Celery forks its children.
-client = redis.asyncio.Redis.from_url(URL, client_name=NAME, max_connections=MAX_CONNECTIONS)
-stock_client = redis.asyncio.Redis.from_url(URL, client_name=f"{NAME}-stock")
+PATIENCE = {"socket_timeout": 60, "socket_connect_timeout": 60}
+client = redis.asyncio.Redis.from_url(URL, client_name=NAME, max_connections=MAX_CONNECTIONS, **PATIENCE)
+stock_client = redis.asyncio.Redis.from_url(URL, client_name=f"{NAME}-stock", **PATIENCE)
 
 in_one_loop = EventLoopContext(scope="process", shutdown_timeout=SHUTDOWN_TIMEOUT)
 

@@ -93,13 +93,20 @@ def test_a_thousand_requests_with_clients_of_their_loop(
     redis_server: redis.Redis, http_server: HTTPServer, scope: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = f"wsgi-loop-tests-{uuid.uuid4().hex}"
+    # Of their own accord, on a busy machine, clients give up after 5 s, and HTTP connections that idle as long are
+    # opened anew.
     redis_client = PerLoop(
-        lambda: redis.asyncio.Redis.from_url(settings.REDIS_URL, client_name=name, max_connections=THREADS)
+        lambda: redis.asyncio.Redis.from_url(
+            settings.REDIS_URL,
+            client_name=name,
+            max_connections=THREADS,
+            socket_timeout=60,
+            socket_connect_timeout=60,
+        )
     )
+    limits = httpx.Limits(max_connections=THREADS, keepalive_expiry=None)
     # Of what a client does when it is made, reading certificates takes the longest by far.
-    http_client = PerLoop(
-        lambda: httpx.AsyncClient(trust_env=False, verify=False, limits=httpx.Limits(max_connections=THREADS))
-    )
+    http_client = PerLoop(lambda: httpx.AsyncClient(trust_env=False, verify=False, limits=limits, timeout=60))
     loops: set[asyncio.AbstractEventLoop] = set()
 
     async def use(number: int) -> str:
