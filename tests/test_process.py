@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import AsyncToSync, async_to_sync, sync_to_async
 from django.http import HttpResponse, StreamingHttpResponse
 
 from wsgi_loop import EventLoopContext, PerLoop, create_background_task, process
@@ -638,6 +638,45 @@ def test_a_child_that_is_forked_in_a_view_may_finish_the_request(scope: str) -> 
         outcomes.append(pipe.read())
     assert os.waitpid(pids[0], 0)[1] == 0
     assert (body, outcomes) == (b"same", [b"other"])
+
+
+def test_a_loop_that_is_given_up_lets_go_of_the_thread_of_its_resources(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[threading.Thread] = []
+    closed: list[threading.Thread] = []
+    blocked, unblock = threading.Event(), threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        used.append(await sync_to_async(threading.current_thread)())
+        yield
+
+    async def block() -> None:
+        blocked.set()
+        unblock.wait(60)
+
+    def close_all() -> None:
+        closed.append(threading.current_thread())
+
+    monkeypatch.setattr(process.connections, "close_all", close_all)
+    with EventLoopContext(scope="process", lifespan=lifespan, shutdown_timeout=0.2):
+        create_background_task(block())
+    assert blocked.wait(30)
+    running = process._loop
+    assert running is not None
+    process.shut_down()
+    try:
+        assert "gave up its event loop" in caplog.text
+        assert running.loop not in AsyncToSync.loop_thread_executors
+        used[0].join(30)
+        assert not used[0].is_alive()
+        # As its last act, and once.
+        assert closed == used
+    finally:
+        unblock.set()
+    eventually(lambda: running.ended.done())
+    assert closed == used
 
 
 def test_a_log_handler_may_make_a_loop_call_when_a_loop_is_given_up() -> None:

@@ -959,11 +959,12 @@ def make_process_loop(options: Options, end_thread: Callable[[], object]) -> Pro
     """
     executor = SyncThread("wsgi-sync-resources")
 
-    async def release() -> None:
-        AsyncToSync.loop_thread_executors.pop(running.loop, None)
-        if executor.is_used:
-            await asyncio.wrap_future(executor.submit(end_thread))
+    def release() -> Future[Any] | None:
+        if AsyncToSync.loop_thread_executors.pop(running.loop, None) is None:
+            return None
+        ended = executor.submit(end_thread) if executor.is_used else None
         executor.shutdown()
+        return ended
 
     running = ProcessLoop(
         options.loop_factory,

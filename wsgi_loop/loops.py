@@ -744,7 +744,8 @@ class ProcessLoop(RunningLoop):
     """The loop of a whole process, on which many requests are at a time.
 
     lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks:
-    how many may be in flight. release: called, and what it returns awaited, when no task is left.
+    how many may be in flight. release: called when no task is left, and its future awaited; or when the loop is given
+    up, and no more.
     """
 
     remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
@@ -756,7 +757,7 @@ class ProcessLoop(RunningLoop):
         adapter: Adapter,
         lifespan: AsyncContextFactory | None,
         max_background_tasks: int,
-        release: Callable[[], Coroutine[Any, Any, None]],
+        release: Callable[[], Future[Any] | None],
     ) -> None:
         #: Done when calls may come; fails with what the lifespan raised.
         self.ready: Future[None] = Future()
@@ -828,6 +829,7 @@ class ProcessLoop(RunningLoop):
             self._settle_future(future, CancelledError(f"{self.owner} was given up"))
         with contextlib.suppress(InvalidStateError):
             self.ready.set_exception(RuntimeError(f"{self.owner} was given up before it was ready"))
+        self._release_resources()
 
     def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
         if self._background.pop(future, None) is None or not future.set_running_or_notify_cancel():
@@ -940,4 +942,6 @@ class ProcessLoop(RunningLoop):
             await self._settle()
 
     async def _release(self, deadline: float) -> None:
-        await asyncio.wait_for(self._release_resources(), max(deadline - self.loop.time(), 0.001))
+        released = self._release_resources()
+        if released is not None:
+            await asyncio.wait_for(asyncio.wrap_future(released), max(deadline - self.loop.time(), 0.001))
