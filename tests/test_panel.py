@@ -98,7 +98,7 @@ def test_each_loop_call_with_its_place(receive: Any) -> None:
         page = server.get().decode()
         markup = panel_in(server, page)
     text = text_of(markup)
-    assert "3 calls on 1 loop" in text_of(page)
+    assert "3 calls on 1 loop so far" in text_of(page)
     for words in ("4 loop calls", "1 event loop", "1 loop thread", "0 left-over tasks", "ms waited on the loop"):
         assert words in text
     assert len(re.findall(r"here tests/test_panel\.py:\d+ in three_calls wsgi-loop-\d+, task 1", text)) == 3

@@ -52,7 +52,9 @@ class LoopPanel(Panel):
         stats: dict[str, Any] = self.get_stats()  # type: ignore[no-untyped-call]
         if not stats.get("rows"):
             return "no loop call"
-        return f"{_several(len(stats['rows']), 'call')} on {_several(stats['loops'], 'loop')}"
+        # The page that shows it is made before the request is over.
+        when = "" if stats["closed"] else " so far"
+        return f"{_several(len(stats['rows']), 'call')} on {_several(stats['loops'], 'loop')}{when}"
 
     @classmethod
     def run_checks(cls) -> list[CheckMessage]:
