@@ -165,7 +165,7 @@ def in_child(function: Callable[[], Any], seconds: int = 20) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
+def eventually(condition: Callable[[], Any], seconds: float = 60) -> None:
     """Wait until `condition` holds: for what a loop thread does after its request has gone on."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -167,9 +167,9 @@ def test_close_while_another_thread_is_inside_the_body(caplog: pytest.LogCapture
         response = server.open()
         reader = threading.Thread(target=lambda: next(iter(response)))
         reader.start()
-        assert inside.wait(10)
+        assert inside.wait(60)
         response.close()
-        reader.join(10)
+        reader.join(60)
         assert not reader.is_alive()
     assert len(errors) == 1
     assert "<locals>.wait" in caplog.text
@@ -466,7 +466,7 @@ def test_a_clean_loop_is_not_waited_for(loops: Loops) -> None:
 
     with serve(view, shutdown_timeout=30) as server:
         response = server.open()
-        assert blocked.wait(10)
+        assert blocked.wait(60)
         response.close()
         assert not loops[0].is_closed()
         release.set()

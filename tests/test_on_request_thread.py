@@ -141,7 +141,7 @@ def test_eight_request_threads_at_once(receive: Connect, no_gc: None) -> None:
     with serve_calls_from_everywhere(receive, None, take) as server:
 
         def run() -> None:
-            together.wait(10)
+            together.wait(60)
             for _ in range(5):
                 assert server.get() == b"xx"
 
@@ -149,7 +149,7 @@ def test_eight_request_threads_at_once(receive: Connect, no_gc: None) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     assert len(places) == 8
     for thread_id, seen in places.items():
         assert {found for _, found in seen} == {thread_id}
@@ -178,7 +178,7 @@ def test_in_pythons_development_mode() -> None:
         "eventually(lambda: all(loop.is_closed() for loop in loops))\n"
     )
     env = os.environ | {"PYTHONDEVMODE": "1", "DJANGO_SETTINGS_MODULE": "tests.settings", "PYTHONWARNINGS": "error"}
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=20)
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert (found.stdout, found.stderr, found.returncode) == ("b'served'\n" * 3, "", 0)
 
 
@@ -652,11 +652,11 @@ def close_while_inside(server: Any, is_inside: threading.Event) -> tuple[float, 
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert is_inside.wait(10)
+    assert is_inside.wait(60)
     began = time.monotonic()
     response.close()
     seconds = time.monotonic() - began
-    reader.join(10)
+    reader.join(60)
     assert not reader.is_alive()
     return seconds, outcome[0]
 
@@ -895,7 +895,7 @@ def test_a_thread_that_posts_to_the_loop_as_it_ends(
         def _held(self, function: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.current_thread() in posters:
                 posts.set()
-                may_go_on.wait(10)
+                may_go_on.wait(60)
             with contextlib.suppress(RuntimeError):  # it is closed, as it may be
                 return function(*args, **kwargs)
 
@@ -908,7 +908,7 @@ def test_a_thread_that_posts_to_the_loop_as_it_ends(
         responses = [server.open()]
         posters.append(threading.Thread(target=lambda: loops[0].call_soon_threadsafe(int)))
         posters[0].start()
-        assert posts.wait(10)
+        assert posts.wait(60)
         letting_go = threading.Timer(0.1, may_go_on.set)
         letting_go.start()
         began = time.monotonic()
@@ -1092,7 +1092,7 @@ def test_the_default_executor_is_shut_down_and_slow_threads_of_it_do_not_hold_th
 
     def wait() -> None:
         threads.append(threading.current_thread())
-        may_end.wait(10)
+        may_end.wait(60)
 
     async def idle(request: Any) -> Any:
         loops.append(asyncio.get_running_loop())
@@ -1297,7 +1297,7 @@ def test_an_event_loop_context_alone_in_threads_and_in_a_request() -> None:
         assert all(place[0].is_closed() for place in places)
     assert {place[1] for place in run()} == {ident()}
     with ThreadPoolExecutor(4) as pool:
-        found = [future.result(20) for future in [pool.submit(run) for _ in range(8)]]
+        found = [future.result(60) for future in [pool.submit(run) for _ in range(8)]]
     assert len({place[0] for places in found for place in places}) == 8
 
     async def view(request: Any) -> Any:

@@ -964,10 +964,10 @@ def test_an_early_end_while_another_thread_takes_a_step(receive: Connect, caplog
         response = server.open()
         thread = threading.Thread(target=step, args=[iter(response)])
         thread.start()
-        inside.wait(10)
+        inside.wait(60)
         response.close()
         assert ended == ["finally", "request_finished"]
-        thread.join(10)
+        thread.join(60)
         assert [type(exc) for exc in outcome] == [asyncio.CancelledError]
     assert "slow" in caplog.text
 
@@ -998,9 +998,9 @@ def test_sync_code_of_a_step_stays_on_its_thread_while_another_one_closes_the_re
         reader: list[int] = []
         thread = threading.Thread(target=lambda: reader.append(read()))
         thread.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         response.close()
-        thread.join(10)
+        thread.join(60)
     assert threads == reader * 20
 
 
