@@ -24,7 +24,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 
-import wsgi_loop
+from wsgi_loop.bridge import watching
 
 from .support import eventually, here, serve
 
@@ -311,7 +311,7 @@ def test_it_leaves_nothing_behind(settings: Any) -> None:
     assert asyncio.get_event_loop_policy() is policy
     # asgiref lets its threads go, and does not wait for their end.
     eventually(lambda: not [t for t in set(threading.enumerate()) - before if not re.match(r"wsgi-loop-\d", t.name)])
-    assert wsgi_loop.bridge._watchers == ()
+    assert watching.watchers == ()
 
 
 @pytest.fixture

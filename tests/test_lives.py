@@ -348,7 +348,8 @@ async def leave_task(life: Life, is_direct: bool) -> None:
                     life.require(not life.is_certain, f"{exc!r} in a task that was left, {life.is_closed=}")
 
     async def stubborn() -> None:
-        while not life.machine.released.is_set():
+        # On a loop of asgiref's own, which a call gets when its request's is given up, the call waits for it for ever.
+        while isinstance(asyncio.get_running_loop(), CountedLoop) and not life.machine.released.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.01)
 

@@ -11,7 +11,7 @@ import pytest
 from django.http import HttpResponse
 
 from wsgi_loop import loops
-from wsgi_loop.loops import run_in_context
+from wsgi_loop.calls import run_in_context
 from wsgi_loop.threads import MAX_IDLE_THREADS, LoopThreads
 
 from .support import call_here, eventually, loop_threads, serve

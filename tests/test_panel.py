@@ -25,7 +25,7 @@ from django.urls import include, path
 from django.utils.decorators import async_only_middleware
 
 import wsgi_loop
-from wsgi_loop import bridge
+from wsgi_loop.bridge import watching
 
 from .support import Server, here, in_thread, serve
 
@@ -46,7 +46,7 @@ def _toolbar(settings: Any) -> Iterator[None]:
     yield
     # The toolbar's own checks fail where it is not installed.
     registry.registered_checks = checks
-    assert bridge._watchers == (), "the panel still records"
+    assert watching.watchers == (), "the panel still records"
     assert (AsyncToSync.__call__, AsyncToSync.main_wrap) == (call, main_wrap)
 
 
@@ -201,7 +201,7 @@ def test_a_disabled_panel_records_nothing() -> None:
     seen = []
 
     def view(request: HttpRequest) -> HttpResponse:
-        seen.append(bridge._watchers)
+        seen.append(watching.watchers)
         return three_calls(request)
 
     with served(view) as server:
@@ -220,7 +220,7 @@ def test_a_view_that_fails_ends_the_recording(error: Any, settings: Any) -> None
 
     with served(view) as server, pytest.raises(error):
         server.get()
-    assert bridge._watchers == ()
+    assert watching.watchers == ()
 
 
 def test_a_response_that_is_dropped_ends_the_recording() -> None:
@@ -230,7 +230,7 @@ def test_a_response_that_is_dropped_ends_the_recording() -> None:
     with served(lambda request: HttpResponse(PAGE.format(""))) as server:
         in_thread(lambda: drop(server))
     gc.collect()
-    assert bridge._watchers == ()
+    assert watching.watchers == ()
 
 
 def test_the_app_has_to_be_installed(settings: Any) -> None:

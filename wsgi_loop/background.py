@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from django.core.cache.backends.base import BaseCache
 from django.db import connections
 
-from . import bridge
+from .bridge.executors import request_executor
+from .bridge.process import run_on_thread
+from .bridge.storage import detached_context
 from .conf import Options, get_options
 from .process import get_process_loop
 from .scope import current_scope
@@ -40,17 +42,17 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
     name = name or str(getattr(coro, "__qualname__", coro))
     description = f"background task {name}"
     get: Callable[[], Options] = get_options
-    request = current_scope() or bridge.request_executor()
+    request = current_scope() or request_executor()
     if request is not None:
         options = request.options
         get = lambda: options  # noqa: E731
         description += f" of {request.owner}"
     thread = SyncThread("wsgi-sync-background")
-    wrap = functools.partial(bridge.run_on_thread, thread, connections.close_all)
+    wrap = functools.partial(run_on_thread, thread, connections.close_all)
     try:
         running = get_process_loop(get)
         assert running.thread_id is not None
-        context = bridge.detached_context(running.thread_id, _is_connection)
+        context = detached_context(running.thread_id, _is_connection)
         return running.start_background_task(coro, wrap, name, description, context)
     except BaseException:
         coro.close()

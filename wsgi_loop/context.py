@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .bridge import LOOP, LOOP_PID, SCOPE, threadlocal
+from .bridge.storage import LOOP, LOOP_PID, SCOPE, threadlocal
 from .conf import Options, get_options
 from .scope import RequestScope
 

@@ -21,7 +21,7 @@ from django.http.response import HttpResponseBase
 from django.urls import get_script_prefix, get_urlconf, resolve, set_script_prefix, set_urlconf
 
 from . import forks
-from .bridge import keep_on_thread
+from .bridge.storage import keep_on_thread
 from .conf import get_options
 from .responses import ScopedIterable, serve_in
 from .scope import RequestScope, current_scope

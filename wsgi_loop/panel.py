@@ -22,7 +22,7 @@ from django.core.checks import CheckMessage, Error
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
-from . import bridge
+from .bridge.watching import WatchedCall, watch_calls
 from .recording import Numbers
 from .report import own_calls, own_left_over_tasks
 from .responses import call_after_close
@@ -44,8 +44,8 @@ class LoopPanel(Panel):
     title = "Event loops"
     nav_icon: Any = "wsgi_loop/panel.svg"
 
-    _watched: list[bridge.WatchedCall] | None = None
-    _around: bridge.WatchedCall | None = None
+    _watched: list[WatchedCall] | None = None
+    _around: WatchedCall | None = None
 
     @property
     def nav_subtitle(self) -> str:
@@ -74,11 +74,11 @@ class LoopPanel(Panel):
             return
         # To be collected ends it too, for a response that nobody closes.
         self._recording = contextlib.ExitStack()
-        self._watched = self._recording.enter_context(bridge.watch_calls())
+        self._watched = self._recording.enter_context(watch_calls())
         self._start = time.perf_counter()
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop()
-            self._around = bridge.WatchedCall(_middleware_and_view, None, None)
+            self._around = WatchedCall(_middleware_and_view, None, None)
             self._around.location = ""
             self._around.arrive()
 
@@ -113,7 +113,7 @@ class LoopPanel(Panel):
         self._recording.close()
         self._watched = None
 
-    def _calls(self, request: HttpRequest) -> list[bridge.WatchedCall]:
+    def _calls(self, request: HttpRequest) -> list[WatchedCall]:
         assert self._watched is not None
         around = [] if self._around is None else [self._around]
         return around + own_calls(self._watched, request.META)
@@ -122,7 +122,7 @@ class LoopPanel(Panel):
         self,
         request: HttpRequest,
         left_over: list[str] | None,
-        calls: Sequence[bridge.WatchedCall] | None = None,
+        calls: Sequence[WatchedCall] | None = None,
         closed: bool = False,
     ) -> None:
         stats = describe(self._calls(request) if calls is None else calls, self._start, self._around)
@@ -137,9 +137,7 @@ async def _middleware_and_view() -> None:
 _middleware_and_view.__qualname__ = "middleware and view"
 
 
-def describe(
-    calls: Sequence[bridge.WatchedCall], start: float, around: bridge.WatchedCall | None = None
-) -> dict[str, Any]:
+def describe(calls: Sequence[WatchedCall], start: float, around: WatchedCall | None = None) -> dict[str, Any]:
     """Return what the template draws: plain values only, as the toolbar stores them as JSON.
 
     around: the call that those which began before its end were made in.

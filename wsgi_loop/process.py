@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 from django.db import connections
 
-from . import bridge, forks
+from . import forks
+from .bridge.process import make_process_loop
+from .calls import NoLoop
 from .conf import Options
-from .loops import NoLoop, ProcessLoop
+from .process_loop import ProcessLoop
 from .resources import kept
 
 _lock = threading.RLock()
@@ -58,7 +60,7 @@ def _has_failed(running: ProcessLoop) -> bool:
 
 
 def _start(options: Options) -> ProcessLoop:
-    running = bridge.make_process_loop(options, connections.close_all)
+    running = make_process_loop(options, connections.close_all)
     running.start()
     return running
 

@@ -1,6 +1,6 @@
 """What loop calls were made, and on which loops: for tests, reports and panels.
 
-Knows neither Django nor asyncio, and leaves it to `bridge` to see the calls.
+Knows neither Django nor asyncio, and leaves it to `bridge.watching` to see the calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from .bridge import WatchedCall, watch_calls
+from .bridge.watching import WatchedCall, watch_calls
 
 
 @dataclass(frozen=True, slots=True)

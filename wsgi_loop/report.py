@@ -1,6 +1,6 @@
 """What a request does to event loops: counted for one request, and for the same one through two handlers.
 
-Knows Django's handlers and ours, and plays their server. What is counted is what `bridge` has watched.
+Knows Django's handlers and ours, and plays their server. What is counted is what `bridge.watching` has seen.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from django.core.handlers import wsgi
 from django.db import connections
 from django.http.response import HttpResponseBase
 
-from . import bridge
+from .bridge import watching
+from .bridge.watching import WatchedCall, watch_calls
+from .calls import name_of
 from .handler import WSGIHandler
-from .loops import name_of
 from .resources import is_kept
 from .responses import call_after_close
 from .scope import current_scope
@@ -34,9 +35,9 @@ from .threads import SyncThread
 LOGGERS = ("django.request", "wsgi_loop", "asyncio")
 
 
-def own_calls(watched: list[bridge.WatchedCall], environ: dict[str, Any]) -> list[bridge.WatchedCall]:
+def own_calls(watched: list[WatchedCall], environ: dict[str, Any]) -> list[WatchedCall]:
     """Return those of the watched calls that the request with this environ made. Called while it is watched."""
-    number, _ = bridge._environs.get(id(environ), (None, None))
+    number, _ = watching.environs.get(id(environ), (None, None))
     return [call for call in watched.copy() if number is not None and call.request == number]
 
 
@@ -162,8 +163,8 @@ def _held() -> int:
 
 def _count(handler: Any, request: Request, side: Side) -> None:
     environ = request.environ()
-    found: list[bridge.WatchedCall] | None = None
-    with bridge.watch_calls() as watched, _watched_ends() as ends:
+    found: list[WatchedCall] | None = None
+    with watch_calls() as watched, _watched_ends() as ends:
 
         def look() -> None:
             nonlocal found

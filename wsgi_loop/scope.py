@@ -17,10 +17,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from . import bridge, forks
-from .bridge import LOOP, LOOP_PID, SCOPE, threadlocal
+from . import forks
+from .bridge.calls import END, advance, answer
+from .bridge.requests import OwnLoop, RequestCalls, SharedLoop, ThreadlessCalls
+from .bridge.storage import LOOP, LOOP_PID, SCOPE, is_taken, move_here, threadlocal
+from .calls import NoLoop, name_of
 from .conf import Options
-from .loops import NoLoop, name_of
 from .process import get_process_loop
 from .threads import NoThread
 
@@ -53,7 +55,7 @@ class RequestScope:
     # 1,000 instructions a request more to find, behind one, what an instance has.
     options: Options
     subject: Any
-    calls: bridge.RequestCalls | None
+    calls: RequestCalls | None
 
     _context: contextvars.Context | None
     #: The thread on which what the context's `Local`s hold can be seen. Threads are told apart by what asgiref keeps on
@@ -105,7 +107,7 @@ class RequestScope:
         try:
             context.run(function, argument)
         except RuntimeError as exc:
-            if not bridge.is_taken(exc):
+            if not is_taken(exc):
                 raise
             context.copy().run(function, argument)
         finally:
@@ -127,7 +129,7 @@ class RequestScope:
         if thread.get(SCOPE, thread.get(LOOP)) is self:
             return function(*args)
         if thread is not self._home:
-            moved = bridge.move_here(context, self.per_thread())
+            moved = move_here(context, self.per_thread())
             if moved is context:
                 self._home = thread
             context = moved
@@ -142,9 +144,9 @@ class RequestScope:
             try:
                 return context.run(function, *args)
             except RuntimeError as exc:
-                if not bridge.is_taken(exc):
+                if not is_taken(exc):
                     raise
-            context = bridge.move_here(context, self.per_thread())
+            context = move_here(context, self.per_thread())
             return context.run(function, *args)
 
     @contextlib.contextmanager
@@ -165,13 +167,13 @@ class RequestScope:
             thread.update(found)
 
     def advance(self, iterator: AsyncIterator[Any]) -> Any:
-        """Return the next item of an async iterator, or `bridge.END`: after `close`, always. Called inside `run`."""
+        """Return the next item of an async iterator, or `END`: after `close`, always. Called inside `run`."""
         if self._context is None:
-            return bridge.END
+            return END
         try:
             calls = self.calls or self._make_calls()
         except NoLoop:
-            return bridge.advance(iterator, self._loop)
+            return advance(iterator, self._loop)
         return calls.advance(iterator)
 
     def _loop(self) -> asyncio.AbstractEventLoop | None:
@@ -209,14 +211,14 @@ class RequestScope:
                 raise
             except BaseException as exc:
                 # Not raised here: asgiref would take a RuntimeError for a closed loop.
-                bridge.answer(coroutine, exc)
+                answer(coroutine, exc)
                 return
         try:
             calls.submit(coroutine)
         except NoThread as exc:
-            bridge.answer(coroutine, exc)
+            answer(coroutine, exc)
 
-    def _make_calls(self) -> bridge.RequestCalls:
+    def _make_calls(self) -> RequestCalls:
         if self._context is None:
             raise NoLoop("The request is over")
         options = self.options
@@ -226,9 +228,9 @@ class RequestScope:
                 # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
                 threadlocal.__dict__[SCOPE] = self
                 if process_loop is not None:
-                    self.calls = bridge.SharedLoop(self.owner, options, process_loop)
+                    self.calls = SharedLoop(self.owner, options, process_loop)
                 else:
-                    calls_class = bridge.OwnLoop if options.thread == "own" else bridge.ThreadlessCalls
+                    calls_class = OwnLoop if options.thread == "own" else ThreadlessCalls
                     self.calls = calls_class(self.owner, options)
                 if self._context is None:
                     # Closed by another thread, which looked for a loop before there was one.

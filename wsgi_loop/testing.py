@@ -20,7 +20,7 @@ from django.dispatch import Signal
 from django.http import HttpRequest
 from django.test import client, testcases
 
-from .bridge import END
+from .bridge.calls import END
 from .conf import Options, get_options
 from .handler import HTTPScope, WSGIHandler, _kept_connections, _prepare_thread
 from .recording import LoopCallRecord, LoopCalls, record_loop_calls

@@ -22,7 +22,8 @@ from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import Any, Protocol
 
-from .loops import UNKNOWN, Adapter, LoopCall, LoopFactory, NoLoop, RequestLoop
+from .calls import Adapter, LoopCall, NoLoop
+from .loops import UNKNOWN, LoopFactory, RequestLoop
 from .threads import NoThread, check_threads
 
 logger = logging.getLogger("wsgi_loop")

@@ -1,0 +1,226 @@
+"""The event loop of a process, on which many requests are at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from typing import Any
+
+from .calls import Adapter, NoLoop, RequestTask
+from .loops import LoopFactory, RunningLoop
+from .resources import AsyncContextFactory, keepers_of
+
+logger = logging.getLogger("wsgi_loop")
+
+
+class ProcessLoop(RunningLoop):
+    """The loop of a whole process, on which many requests are at a time.
+
+    lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks:
+    how many may be in flight. release: called when no task is left, and its future awaited; or when the loop is given
+    up, and no more.
+    """
+
+    remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
+
+    def __init__(
+        self,
+        factory: LoopFactory,
+        timeout: float,
+        adapter: Adapter,
+        lifespan: AsyncContextFactory | None,
+        max_background_tasks: int,
+        release: Callable[[], Future[Any] | None],
+    ) -> None:
+        #: Done when calls may come; fails with what the lifespan raised.
+        self.ready: Future[None] = Future()
+        self._lifespan = lifespan
+        self._release_resources = release
+        self._max_background_tasks = max_background_tasks
+        #: What to call the background tasks in logs: by their futures, and by themselves.
+        self._background: dict[Future[Any], str] = {}
+        self._descriptions: dict[asyncio.Task[Any], str] = {}
+        super().__init__(factory, timeout, "The process loop", adapter)
+
+    # --- on any thread -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the loop's thread. Raises `NoThread` if it can not be started."""
+        with self._lock:
+            self._post(self._open_soon, context=contextvars.Context())
+            self._start()
+
+    def start_background_task(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        wrap: Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]],
+        name: str,
+        description: str,
+        context: contextvars.Context,
+    ) -> Future[Any]:
+        """Run `wrap(coroutine)` in a task, in `context`. Returns a future of what it returns.
+
+        Raises RuntimeError when there are too many, or the loop takes no more.
+        """
+        future: Future[Any] = Future()
+
+        def start() -> None:
+            if future.cancelled():
+                coroutine.close()
+                self._settle_future(future, None)
+                return
+            task = self.loop.create_task(wrap(coroutine), name=name, context=context)
+            self._descriptions[task] = description
+            task.add_done_callback(lambda task: self._end_background_task(task, coroutine, future))
+            # A future keeps its callbacks, and a task its context: whoever keeps the future is to keep no context.
+            held = weakref.ref(task)
+            future.add_done_callback(lambda future: self._cancel_soon(held()) if future.cancelled() else None)
+
+        with self._lock:
+            if not self._accepting:
+                raise NoLoop(f"{self.owner} has ended, as this process is about to")
+            if len(self._background) >= self._max_background_tasks:
+                names = Counter(self._background.values()).most_common(3)
+                raise RuntimeError(
+                    f"{len(self._background)} background tasks are in flight in this process, as many as "
+                    f"WSGI_LOOP['MAX_BACKGROUND_TASKS'] allows. Most: "
+                    f"{', '.join(f'{number} x {name}' for name, number in names)}. Use a task queue, or raise it."
+                )
+            self._background[future] = description
+            self._post(start, context=contextvars.Context())
+        return future
+
+    def _cancel_soon(self, task: asyncio.Task[Any] | None) -> None:
+        if task is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._post(task.cancel, context=contextvars.Context())
+
+    def give_up(self) -> None:
+        super().give_up()
+        for future in list(self._background):
+            self._settle_future(future, CancelledError(f"{self.owner} was given up"))
+        with contextlib.suppress(InvalidStateError):
+            self.ready.set_exception(RuntimeError(f"{self.owner} was given up before it was ready"))
+        self._release_resources()
+
+    def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
+        if self._background.pop(future, None) is None or not future.set_running_or_notify_cancel():
+            return  # it was given up, or cancelled, of which concurrent.futures.wait() has been told just now
+        if exception is None:
+            future.set_result(result)
+        else:
+            future.set_exception(exception)
+
+    def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
+        """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
+        if not request_task.running() or self._given_up:
+            self.leave_soon(request_task)
+            return
+        ended: Future[None] = Future()
+        try:
+            self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
+        except RuntimeError:
+            return  # the loop is closed
+        if not wait(ended, self.timeout):
+            logger.error(
+                "%s: %s s (SHUTDOWN_TIMEOUT) after it was cancelled this was still running, and is given up: %s. "
+                "Let a cancelled task end, and keep blocking calls out of async code.",
+                request_task.owner,
+                self.timeout,
+                ", ".join(sorted(request_task.running().values())),
+            )
+
+    def leave_soon(self, request_task: RequestTask) -> None:
+        """The same, and wait for nothing. Takes no lock: a finalizer may call it."""
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self._post(self._end_request_task, request_task, None, context=contextvars.Context())
+
+    def shut_down(self) -> None:
+        """Close the loop. Waits at most `timeout` seconds for what runs, and as long again for what it then cancels."""
+        self.close_soon()
+        try:
+            self.ended.result(2 * self.timeout + 1)
+        except TimeoutError:
+            pass
+        finally:
+            # Also when a signal interrupts the waiting: what is lost then is named.
+            self.give_up()
+
+    # --- on the loop thread --------------------------------------------------------------------------------------
+
+    def _open_soon(self) -> None:
+        self.loop.create_task(self._open(), name="wsgi-loop start", context=contextvars.Context())
+
+    async def _open(self) -> None:
+        try:
+            if self._lifespan is not None:
+                await keepers_of(self.loop).get("LIFESPAN", self._lifespan)
+        except BaseException as exc:
+            logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
+            with self._lock:
+                self._accepting = False
+            with contextlib.suppress(InvalidStateError):  # it was given up
+                self.ready.set_exception(exc)
+            self._begin_shut_down()
+        else:
+            with contextlib.suppress(InvalidStateError):
+                self.ready.set_result(None)
+
+    def _end_request_task(self, request_task: RequestTask, ended: Future[None] | None) -> None:
+        """End it, and what it still runs. ended: for whoever waits for that."""
+        cut_off = request_task.running()
+        self._request_tasks.discard(request_task)
+        request_task.end()
+        if not cut_off:
+            if ended is not None:
+                ended.set_result(None)
+            return
+        names = ", ".join(sorted(cut_off.values()))
+        logger.warning("%s: ended while %s still ran, which is cancelled.", request_task.owner, names)
+        left = set(cut_off)
+
+        def done(task: asyncio.Task[None]) -> None:
+            left.discard(task)
+            if not left and ended is not None:
+                ended.set_result(None)
+
+        for task in cut_off:
+            task.add_done_callback(done)
+            task.cancel()
+
+    def _describe(self, task: asyncio.Task[Any]) -> str:
+        return self._descriptions.get(task) or super()._describe(task)
+
+    def _end_background_task(
+        self, task: asyncio.Task[Any], coroutine: Coroutine[Any, Any, Any], future: Future[Any]
+    ) -> None:
+        description = self._descriptions.pop(task)
+        # It was never started if the task was cancelled before its first step.
+        coroutine.close()
+        if task.cancelled():
+            self._settle_future(future, CancelledError(f"The {description} was cancelled"))
+            return
+        exception = task.exception()
+        if exception is not None:
+            logger.error("The %s failed", description, exc_info=exception)
+        self._settle_future(future, exception, None if exception else task.result())
+
+    async def _drain(self) -> None:
+        deadline = self.loop.time() + self.timeout
+        while tasks := self._others():
+            _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
+            if pending:
+                return
+            await self._settle()
+
+    async def _release(self, deadline: float) -> None:
+        released = self._release_resources()
+        if released is not None:
+            await asyncio.wait_for(asyncio.wrap_future(released), max(deadline - self.loop.time(), 0.001))
