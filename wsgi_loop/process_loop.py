@@ -1,4 +1,8 @@
-"""The event loop of a process, on which many requests are at a time."""
+"""The event loop of a process, on which many requests are at a time.
+
+Knows asyncio and threads, and nothing of Django or asgiref. `process` keeps the one that there is, and `loops` says who
+owns it.
+"""
 
 from __future__ import annotations
 
