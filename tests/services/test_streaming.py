@@ -39,6 +39,8 @@ MB = 1_000_000
 
 ROWS = pytest.mark.parametrize("rows", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
 numbers = itertools.count()
+#: For each way, which is a site's name and a path: the exports, and the seconds of CPU that each took the worker.
+Found = dict[tuple[str, str], list[tuple["Export", float]]]
 
 
 @pytest.fixture(scope="module")
@@ -216,25 +218,53 @@ def test_a_client_that_goes_away(tmp_path: Path, database: str, worker: str, sco
         assert site.export(f"/export?rows={FEW}").size > MB
 
 
+def cpu_seconds(process: int) -> float:
+    """What a process has used, in user and in kernel mode."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def in_turns(sites: dict[str, Site], ways: list[tuple[str, str]]) -> Found:
+    """Export each way, one after another, as often as ROUNDS says."""
+    processes = {name: site.look()["process"] for name, site in sites.items()}
+    for name, path in ways:
+        sites[name].export(re.sub(r"rows=\d+", "rows=3", path))
+    found: Found = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for name, path in ways:
+            before = cpu_seconds(processes[name])
+            export = sites[name].export(path)
+            found[name, path].append((export, cpu_seconds(processes[name]) - before))
+    return found
+
+
+def tell(found: Found, record_property: Callable[[str, object], None]) -> None:
+    """Tell the medians, which are not asserted: what is, is that each way sends the same."""
+    for (name, path), measured in found.items():
+        speed = statistics.median(export.size / MB / export.seconds for export, _ in measured)
+        first = statistics.median(export.first for export, _ in measured)
+        cpu = statistics.median(seconds for _, seconds in measured)
+        told = f"{name} {path}: {speed:.1f} MB/s, the first byte after {first:.2f} s, {cpu:.2f} s of CPU"
+        print(f"{told} (median of {ROUNDS})")
+        record_property(f"{name} {path}", told)
+    assert len({(export.size, export.checksum) for measured in found.values() for export, _ in measured}) == 1
+
+
 @pytest.mark.long
 def test_throughput(tmp_path: Path, database: str, record_property: Callable[[str, object], None]) -> None:
-    """It is told, and not asserted: what is, is that each way sends the same."""
-    ways = [(name, view) for name in ("stock", "wsgi-loop") for view in ("export", "export_sync")]
-    exports: dict[tuple[str, str], list[Export]] = {way: [] for way in ways}
+    ways = [(name, f"/{view}?rows={MANY}") for name in ("stock", "request") for view in ("export", "export_sync")]
+    ways.append(("process", f"/export?rows={MANY}"))
     with ExitStack() as stack:
-        sites = {
-            "stock": stack.enter_context(served(tmp_path, database, STOCK)),
-            "wsgi-loop": stack.enter_context(served(tmp_path, database)),
-        }
-        for name, view in ways:
-            sites[name].export(f"/{view}?rows=3")
-        for _ in range(ROUNDS):
-            for name, view in ways:
-                exports[name, view].append(sites[name].export(f"/{view}?rows={MANY}"))
-    for (name, view), found in exports.items():
-        speed = statistics.median(export.size / MB / export.seconds for export in found)
-        first = statistics.median(export.first for export in found)
-        told = f"{name} {view}: {speed:.1f} MB/s, the first byte after {first:.2f} s (median of {ROUNDS})"
-        print(told)
-        record_property(f"{name} {view}", told)
-    assert len({(export.size, export.checksum) for found in exports.values() for export in found}) == 1
+        sites = {"stock": stack.enter_context(served(tmp_path, database, STOCK))}
+        for scope in ("request", "process"):
+            sites[scope] = stack.enter_context(served(tmp_path, database, scope=scope))
+        tell(in_turns(sites, ways), record_property)
+
+
+@pytest.mark.long
+def test_what_chunks_cost(tmp_path: Path, database: str, record_property: Callable[[str, object], None]) -> None:
+    sizes = [1, *(4**exponent * 1024 for exponent in range(1, 6))]
+    ways = [("request", f"/export?rows={FEW}&chunk={size}") for size in sizes]
+    ways += [("stock", f"/export_sync?rows={FEW}&chunk={size}") for size in sizes]
+    with served(tmp_path, database) as ours, served(tmp_path, database, STOCK) as stock:
+        tell(in_turns({"request": ours, "stock": stock}, ways), record_property)
