@@ -165,12 +165,13 @@ def in_child(function: Callable[[], Any], seconds: int = 20) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait until `condition` holds: for what a loop thread does after its request has gone on."""
+def eventually(condition: Callable[[], Any], seconds: float = 60, pause: float = 0.005) -> Any:
+    """Wait until `condition` holds, and return what it returned: for what goes on after a request has gone on."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (result := condition()):
         assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)
+        time.sleep(pause)
+    return result
 
 
 def loop_threads() -> list[threading.Thread]:

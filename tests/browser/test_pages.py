@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ..servers.support import ROOT, free_port, running, takes_connections
+from ..servers.support import ROOT, copy_of_example, free_port, running, takes_connections
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
@@ -44,14 +43,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the example site with its database."""
-    directory = tmp_path_factory.mktemp("site") / "example"
-    shutil.copytree(ROOT / "example", directory, ignore=shutil.ignore_patterns("*.sqlite3", "__pycache__"))
-    command = [sys.executable, "manage.py", "migrate"]
-    done = subprocess.run(
-        command, cwd=directory, env=os.environ | environment(directory), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory
+    return copy_of_example(tmp_path_factory.mktemp("site"), environment)
 
 
 def environment(directory: Path) -> dict[str, str]:

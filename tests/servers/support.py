@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
-import time
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from ..support import eventually as wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,9 +92,17 @@ def takes_connections(port: int) -> bool:
     return True
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.1)
-    return result
+#: With a pause that leaves the processor to the server.
+eventually = functools.partial(wait_until, pause=0.1)
+
+
+def copy_of_example(folder: Path, environment: Callable[[Path], dict[str, str]]) -> Path:
+    """Copy the example site to `folder`, and make its database. environment: is added to ours, of where it is."""
+    directory = folder / "example"
+    shutil.copytree(ROOT / "example", directory, ignore=shutil.ignore_patterns("*.sqlite3", "__pycache__"))
+    command = [sys.executable, "manage.py", "migrate"]
+    done = subprocess.run(
+        command, cwd=directory, env=os.environ | environment(directory), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory

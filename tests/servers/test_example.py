@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from .support import ROOT, eventually, free_port, opener, running, takes_connections
+from .support import ROOT, copy_of_example, eventually, free_port, opener, running, takes_connections
 
 PROBES = ["/probe/", "/probe/sync/"]
 CLIENTS = 8
@@ -64,14 +62,7 @@ class Site:
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the example site with its database."""
-    directory = tmp_path_factory.mktemp("site") / "example"
-    shutil.copytree(ROOT / "example", directory, ignore=shutil.ignore_patterns("*.sqlite3", "__pycache__"))
-    migrate = [sys.executable, "manage.py", "migrate"]
-    done = subprocess.run(
-        migrate, cwd=directory, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory
+    return copy_of_example(tmp_path_factory.mktemp("site"), lambda _: ENVIRONMENT)
 
 
 @contextmanager
