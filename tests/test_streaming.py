@@ -27,7 +27,7 @@ from django.http import HttpResponse, StreamingHttpResponse
 
 from wsgi_loop import process
 from wsgi_loop.responses import call_after_close
-from wsgi_loop.scope import current_scope
+from wsgi_loop.bridge.storage import scope_here
 
 from .conftest import Connect
 from .support import Place, Server, call_here, eventually, here, in_child, in_thread, serve
@@ -217,7 +217,7 @@ def test_a_step_amid_a_call_has_a_task_of_its_own_and_leaves_the_next_one_its_co
     body_ = body()
 
     def step() -> Any:
-        scope = current_scope()
+        scope = scope_here()
         assert scope is not None
         return scope.advance(body_)
 

@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 from django.core.cache.backends.base import BaseCache
 from django.db import connections
 
-from .bridge.executors import request_executor
-from .bridge.process import run_on_thread
-from .bridge.storage import detached_context
+from .bridge.executor import current_executor, run_on_thread
+from .bridge.storage import detached_context, scope_here
 from .conf import Options, get_options
 from .process import get_process_loop
-from .scope import current_scope
+from .scope import door
 from .threads import SyncThread
 
 T = TypeVar("T")
@@ -42,7 +41,7 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
     name = name or str(getattr(coro, "__qualname__", coro))
     description = f"background task {name}"
     get: Callable[[], Options] = get_options
-    request = current_scope() or request_executor()
+    request = scope_here() or current_executor()
     if request is not None:
         options = request.options
         get = lambda: options  # noqa: E731
@@ -50,7 +49,7 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
     thread = SyncThread("wsgi-sync-background")
     wrap = functools.partial(run_on_thread, thread, connections.close_all)
     try:
-        running = get_process_loop(get)
+        running = get_process_loop(get, door)
         assert running.thread_id is not None
         context = detached_context(running.thread_id, _is_connection)
         return running.start_background_task(coro, wrap, name, description, context)

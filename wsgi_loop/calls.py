@@ -1,6 +1,6 @@
 """Loop calls: what is run on an event loop, in which context and in which task.
 
-Knows asyncio, and nothing of threads, Django or asgiref.
+Knows asyncio and contexts, and nothing of Django, nor of who runs the loop.
 """
 
 from __future__ import annotations
@@ -10,44 +10,57 @@ import contextvars
 import logging
 import types
 from collections.abc import Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Any, Protocol
+from operator import is_
+from threading import get_ident
+from typing import Any
 
-if TYPE_CHECKING:
-    from .loops import RunningLoop
+from .bridge.executor import Executor
+from .bridge.storage import is_same_value, move_here, rehomed
 
 logger = logging.getLogger("wsgi_loop")
 
 _UNSET: Any = object()
+#: What a step of an async body gives when there is nothing left.
+END = object()
 
 
 class NoLoop(RuntimeError):
-    """There is no loop, or it takes no more calls. asgiref takes that for a closed loop, and makes one of its own."""
+    """There is no loop, or the loop takes no more calls. asgiref then makes a loop of its own."""
+
+
+def name_of(found: Any) -> str:
+    """What to call a coroutine, a generator or another object in logs."""
+    return getattr(found, "__qualname__", None) or type(found).__qualname__
+
+
+def are_same(a: contextvars.Context, b: contextvars.Context) -> bool:
+    """Tell if two contexts hold the same objects. `==` would ask the objects, some of which are lazy."""
+    return len(a) == len(b) and all(map(is_, a, b)) and all(map(is_, a.values(), b.values()))
 
 
 class CallsContext:
     """The context in which a request's loop calls run, one after another.
 
-    It stays the same one from call to call, so that a token made in one can be used in a later one. Before each call
-    it is brought in line with the caller's: what the caller has unset since then is unset here too.
+    It stays the same one from call to call, so that a token made in one can be used in a later one. Before a call it is
+    brought in line with the caller's: what the caller has unset since then is unset here too.
     """
 
-    __slots__ = ("__weakref__", "_tokens", "context", "follows")
+    __slots__ = ("_tokens", "context")
 
     def __init__(self) -> None:
-        #: How often it has been brought in line.
-        self.follows = 0
         self.context = contextvars.Context()
         self._tokens: dict[contextvars.ContextVar[Any], contextvars.Token[Any]] = {}
 
     def follow(self, caller: contextvars.Context) -> None:
-        """Make `context` the one to run a call in that `caller` makes."""
-        self.follows += 1
+        """Make `context` the one to run a call in that `caller` makes, on this thread."""
         if not self.context.run(self._align, caller):
             # Async code set a variable that its caller has dropped, and only its own token could unset it.
             self.context = caller.copy()
             self._tokens = {}
+            move_here(self.context)
 
     def _align(self, caller: contextvars.Context) -> bool:
+        thread_id = get_ident()
         for var in contextvars.copy_context():
             if var not in caller:
                 token = self._tokens.pop(var, None)
@@ -56,23 +69,23 @@ class CallsContext:
                 var.reset(token)
         for var, value in caller.items():
             held = var.get(_UNSET)
-            if held is _UNSET:
-                self._tokens[var] = var.set(value)
-            elif held is not value:
-                var.set(value)
+            if held is not value:
+                token = var.set(rehomed(value, thread_id))
+                if held is _UNSET:
+                    self._tokens[var] = token
         return True
 
 
 @types.coroutine
-def run_in_context(context: contextvars.Context, coroutine: Coroutine[Any, Any, Any]) -> Generator[Any, Any, None]:
+def run_in_context(context: contextvars.Context, coroutine: Any) -> Generator[Any, Any, Any]:
     """Await `coroutine` in the current task, but in `context`."""
     step: Callable[[Any], Any] = coroutine.send
     value: Any = None
     while True:
         try:
             awaited = context.run(step, value)
-        except StopIteration:
-            return
+        except StopIteration as stop:
+            return stop.value
         try:
             value = yield awaited
             step = coroutine.send
@@ -83,109 +96,188 @@ def run_in_context(context: contextvars.Context, coroutine: Coroutine[Any, Any, 
 
 
 class LoopCall:
-    """One coroutine handed over to a loop, and what has to be done before its first step and after its last.
+    """One coroutine for a loop, and what became of it.
 
-    request_task: that of its request, if it is a request's, which runs it in calls_context. Where there is none, or it
-    runs another one, or has ended, the call gets a task of its own, in the context it was handed over in.
+    executor: what its caller waits with. caller: the context of the latter. is_in_line: that context holds what it held
+    when the request's last call had ended. task_context: where to tell of a task of the call's own.
+
+    A step of an async body leaves a request for a cancellation to the next step. The end of a body is not cut short by
+    one that came for a step.
     """
 
-    __slots__ = ("calls_context", "coroutine", "name", "request_task")
-
-    #: One step of an async body, which goes on with the next one: so does the request for a cancellation.
-    is_step = False
-    #: That of calls_context, if it is in line with the caller's then.
-    follows: int | None = None
-    #: The end of an async body, which is not cut short by what came for a step.
-    is_end = False
+    __slots__ = (
+        "_is_done",
+        "before",
+        "caller",
+        "context",
+        "coroutine",
+        "exception",
+        "executor",
+        "is_end",
+        "is_in_line",
+        "is_step",
+        "name",
+        "result",
+        "task_context",
+    )
 
     def __init__(
         self,
-        coroutine: Coroutine[Any, Any, Any],
+        coroutine: Any,
         name: str,
-        request_task: RequestTask | None,
-        calls_context: CallsContext | None,
+        executor: Executor,
+        caller: contextvars.Context,
+        is_in_line: bool = False,
+        task_context: list[Any] | None = None,
+        is_step: bool = False,
+        is_end: bool = False,
     ) -> None:
         self.coroutine = coroutine
         self.name = name
-        self.request_task = request_task
-        self.calls_context = calls_context
+        self.executor = executor
+        self.caller = caller
+        self.is_in_line = is_in_line
+        self.task_context = task_context
+        self.is_step = is_step
+        self.is_end = is_end
+        self.result: Any = _UNSET
+        self.exception: BaseException | None = None
+        #: The one that it runs in, and a copy of that, taken before it was begun.
+        self.context: contextvars.Context | None = None
+        self.before: contextvars.Context | None = None
+        self._is_done = False
 
-    def begin(self) -> None:
-        """Called on the loop thread, before the coroutine is started."""
+    def done(self) -> bool:
+        return self._is_done
 
-    def finish(self) -> None:
-        """Called at most once, when the coroutine has ended, or can not be started any more."""
+    def begin_in(self, context: contextvars.Context) -> None:
+        self.context = context
+        self.before = context.copy()
 
-    def abandon(self, message: str) -> None:
-        """Called in place of `finish`, on any thread, when nobody knows if the coroutine will ever end."""
+    async def run(self) -> None:
+        """Run it in a task of its own."""
+        task = asyncio.current_task()
+        if self.task_context is not None:
+            self.task_context.append(task)
+        try:
+            self.result = await self.coroutine
+        except GeneratorExit:
+            raise
+        except BaseException as exc:
+            self.exception = exc
+        finally:
+            if self.task_context is not None:
+                self.task_context.remove(task)
 
+    def end(self, exception: BaseException | None = None) -> None:
+        """Called once, when it has ended, or nobody knows if it ever will."""
+        if exception is not None:
+            self.exception = exception
+        elif self.result is _UNSET and self.exception is None:
+            self.exception = asyncio.CancelledError("This call or its event loop was ended before it had an answer")
+        if asyncio.iscoroutine(self.coroutine) and exception is None:
+            # It may not have been started: its task was cancelled before its first step, or there never was one.
+            self.coroutine.close()
+        self.coroutine = None
+        self._is_done = True
 
-def name_of(found: Any) -> str:
-    """What to call a coroutine, a generator or another object in logs."""
-    return getattr(found, "__qualname__", None) or type(found).__qualname__
+    def take_result(self) -> Any:
+        exc, self.exception = self.exception, None
+        if exc is None:
+            return self.result
+        try:
+            raise exc
+        finally:
+            # Its traceback leads here.
+            del exc
 
-
-class Adapter(Protocol):
-    """Makes loop calls of what comes to `loop.call_soon_threadsafe`, on the thread that calls it."""
-
-    def recognizes(self, args: tuple[Any, ...]) -> bool: ...
-
-    def adapt(self, coroutine: Coroutine[Any, Any, Any]) -> LoopCall: ...
-
-    def lend(self, running: RunningLoop, executor: Any, function: Callable[[], Any]) -> asyncio.Future[Any] | None:
-        """Have a waiting thread call a function, if that is what the executor is for."""
+    def bring_back(self) -> None:
+        """Set in the current context what the call has set in its own."""
+        before, after = self.before, self.context
+        if before is None or after is None or are_same(before, after):
+            return
+        thread_id = get_ident()
+        for var, value in after.items():
+            if not is_same_value(before.get(var, _UNSET), value):
+                var.set(rehomed(value, thread_id))
 
 
 class RequestTask:
-    """The one task in which the loop calls of a request run, one after another. Used on the loop thread alone."""
+    """The one task in which the loop calls of a request run, one after another. Used by whoever runs the loop.
 
-    def __init__(self, owner: str) -> None:
+    new_task: makes a task of a coroutine, a name and a context. finish: told of each call that has ended.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        new_task: Callable[[Coroutine[Any, Any, Any], str, contextvars.Context], asyncio.Task[Any]],
+        finish: Callable[[LoopCall], object],
+    ) -> None:
         self.owner = owner
         self.task: asyncio.Task[None] | None = None
+        self.context = CallsContext()
         #: What the task runs.
         self.call: LoopCall | None = None
-        #: Those of the nested calls.
-        self.nested: set[asyncio.Task[None]] = set()
+        #: Calls that are nested, or of another thread, by their tasks.
+        self.others: dict[asyncio.Task[Any], LoopCall] = {}
+        self._new_task = new_task
+        self._finish = finish
         self._next_call: asyncio.Future[None] | None = None
-        #: The end of the body of which `call` is a step, and the context that it was handed over in.
-        self._end: tuple[LoopCall, contextvars.Context] | None = None
+        #: The end of the body of which `call` is a step.
+        self._end: LoopCall | None = None
         self._ending = False
+        self._watched: asyncio.Task[None] | None = None
 
-    def take(self, call: LoopCall, running: RunningLoop) -> bool:
-        """Run `call`. False: another one is running, which waits for this one; or the request is over."""
-        if self._ending or call.calls_context is None:
+    def take(self, call: LoopCall) -> bool:
+        """Run `call`. False: another call is running, which waits for this one; or the request is over."""
+        if self._ending:
             return False
         if self.call is not None:
             return call.is_end and self.call.is_step and self._cut_off(call)
-        self.call = call
-        if call.follows != call.calls_context.follows:
-            call.calls_context.follow(contextvars.copy_context())
+        self._begin(call)
         if self.task is None or self.task.done():
-            self.task = running.loop.create_task(
-                self._serve(running), name="wsgi-loop request task", context=contextvars.Context()
-            )
-            # For when it is cancelled before its first step, when none of its own code runs.
-            self.task.add_done_callback(lambda task: self._finish_task(task, running), context=contextvars.Context())
+            self.task = self._new_task(self._serve(), "wsgi-loop request task", contextvars.Context())
         elif self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
         return True
+
+    def _begin(self, call: LoopCall) -> None:
+        self.call = call
+        if not call.is_in_line:
+            self.context.follow(call.caller)
+        call.begin_in(self.context.context)
 
     def _cut_off(self, end: LoopCall) -> bool:
         """Cancel the step that is running. Its thread was interrupted, or the server has another one close the body."""
         assert self.task is not None
         logger.warning("%s: ended while its body %s made a chunk, which is cancelled.", self.owner, end.name)
-        self._end = end, contextvars.copy_context()
+        self._end = end
         self.task.cancel()
         return True
 
-    def running(self) -> dict[asyncio.Task[None], str]:
+    def running(self) -> dict[asyncio.Task[Any], str]:
         """Return the tasks that run a loop call now, with what to call them in logs. May be called on any thread."""
-        tasks = {task: task.get_name() for task in self.nested.copy()}
+        tasks = {task: f"loop call {call.name}" for task, call in self.others.copy().items()}
         # Each read once: the call may end meanwhile.
         task, call = self.task, self.call
         if task is not None and call is not None:
             tasks[task] = f"loop call {call.name}"
         return tasks
+
+    def watch(self) -> None:
+        """See to it that the call is answered when the task fails. (A step that is taken by hand is looked at.)"""
+        if self.task is not None and self.task is not self._watched:
+            self._watched = self.task
+            self.task.add_done_callback(self._notice_end, context=contextvars.Context())
+
+    def _notice_end(self, task: asyncio.Task[None]) -> None:
+        exc = None if task.cancelled() else task.exception()
+        # These have been raised out of the loop as well, and asyncio would log that nobody has asked the task.
+        if exc is not None and not isinstance(exc, KeyboardInterrupt | SystemExit):
+            task.get_loop().call_exception_handler({"message": "A request task failed", "exception": exc, "task": task})
+        while self.call is not None:
+            self.finish_call()
 
     def end(self) -> None:
         """Take no more calls, and let the task end with the one that it runs."""
@@ -193,7 +285,7 @@ class RequestTask:
         if self.call is None and self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
 
-    async def _serve(self, running: RunningLoop) -> None:
+    async def _serve(self) -> None:
         """Run one loop call after another.
 
         A cancellation that comes in between belongs to the next call, and is delivered to it as asyncio would: at
@@ -208,7 +300,7 @@ class RequestTask:
         carried = 0
         while not self._ending or self.call is not None:
             if self.call is None:
-                self._next_call = running.loop.create_future()
+                self._next_call = task.get_loop().create_future()
                 try:
                     await self._next_call
                 except asyncio.CancelledError as exc:
@@ -216,7 +308,7 @@ class RequestTask:
                     if task.cancelling():
                         undelivered = exc
                 continue
-            if not self.call.is_step and not self.call.is_end:
+            if carried and not self.call.is_step and not self.call.is_end:
                 for _ in range(carried):
                     task.uncancel()
             if undelivered is not None:
@@ -226,7 +318,11 @@ class RequestTask:
                     task.cancel(*undelivered.args)
                 undelivered = None
             try:
-                await self._run(self.call)
+                self.call.result = await run_in_context(self.call.context, self.call.coroutine)  # type: ignore[arg-type]
+            except GeneratorExit:
+                raise
+            except BaseException as exc:
+                self.call.exception = exc
             finally:
                 if self.call.is_step:
                     carried = task.cancelling()
@@ -235,32 +331,13 @@ class RequestTask:
                     while task.cancelling():
                         task.uncancel()
                 # Last, and with nothing here that holds what the call held: its caller goes on at once.
-                self._finish_call(running)
+                self.finish_call()
 
-    def _finish_call(self, running: RunningLoop) -> None:
+    def finish_call(self) -> None:
+        """Answer the call that the task runs. The end of a body follows its last step."""
         call, self.call = self.call, None
         if self._end is not None:
-            self.call, context = self._end
-            self._end = None
-            assert self.call.calls_context is not None
-            self.call.calls_context.follow(context)
+            end, self._end = self._end, None
+            self._begin(end)
         if call is not None:
-            running.finish(call)
-
-    def _finish_task(self, task: asyncio.Task[None], running: RunningLoop) -> None:
-        # These have been raised out of the loop as well, and asyncio would log that nobody has asked the task.
-        exc = None if task.cancelled() else task.exception()
-        if exc is not None and not isinstance(exc, KeyboardInterrupt | SystemExit):
-            running.loop.call_exception_handler({"message": "A request task failed", "exception": exc, "task": task})
-        self._finish_calls(running)
-
-    def _finish_calls(self, running: RunningLoop) -> None:
-        while self.call is not None:
-            self._finish_call(running)
-
-    async def _run(self, call: LoopCall) -> None:
-        assert call.calls_context is not None
-        try:
-            await run_in_context(call.calls_context.context, call.coroutine)
-        except Exception:
-            logger.exception("%s: loop call %s could not be answered", self.owner, call.name)
+            self._finish(call)

@@ -28,7 +28,7 @@ from django.utils.version import get_version_tuple
 
 from .conf import get_options
 from .handler import WSGIHandler, get_wsgi_application
-from .threads import UnsupportedThreads, check_threads
+from .threads import check_threads
 
 LOWEST_ASGIREF = (3, 12, 1)
 OURS = "wsgi_loop.wsgi.application"
@@ -75,7 +75,7 @@ def check_worker(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
     """wsgi_loop.E003: threads are greenlets in this process. wsgi_loop.W004: gunicorn's workers are to make them so."""
     try:
         check_threads()
-    except UnsupportedThreads as exc:
+    except RuntimeError as exc:
         hint = "Take the call that patches (such as gevent.monkey.patch_all()) out of what this process imports."
         return [Error(str(exc), hint=hint, id="wsgi_loop.E003")]
     worker = _gunicorn_worker_class()

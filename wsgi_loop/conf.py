@@ -12,32 +12,30 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
+from .event_loop import new_event_loop
 from .loops import LoopFactory
 from .resources import AsyncContextFactory
-from .spares import new_event_loop
 
 DEFAULTS: dict[str, Any] = {
     "SCOPE": "request",
-    "THREAD": "own",
     "LOOP_FACTORY": None,
     "SHUTDOWN_TIMEOUT": 5.0,
     "LIFESPAN": None,
     "MAX_BACKGROUND_TASKS": 100,
 }
-ACCEPTED = {"SCOPE": ("request", "process"), "THREAD": ("own", "request")}
+ACCEPTED = {"SCOPE": ("request", "process")}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How requests get their event loops.
 
-    scope: "request" or "process". thread: "own", or "request" where the loop runs on the request thread. loop_factory:
-    makes an event loop. shutdown_timeout: seconds that closing a loop waits for cancelled tasks. lifespan: makes what
-    is held open for as long as the process loop runs. max_background_tasks: how many may be in flight in a process.
+    scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop waits
+    for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs. max_background_tasks:
+    how many may be in flight in a process.
     """
 
     scope: str
-    thread: str
     loop_factory: LoopFactory
     shutdown_timeout: float
     lifespan: AsyncContextFactory | None
@@ -59,8 +57,6 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
     # What is configured is for the scope that is configured.
     if given.get("SCOPE") == "request" and "LIFESPAN" not in given:
         values["LIFESPAN"] = None
-    if given.get("SCOPE") == "process" and "THREAD" not in given:
-        values["THREAD"] = "own"
     for key, accepted in ACCEPTED.items():
         if values[key] not in accepted:
             raise _invalid(key, values[key], " or ".join(map(repr, accepted)))
@@ -73,11 +69,8 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
     lifespan = values["LIFESPAN"]
     if lifespan is not None and values["SCOPE"] != "process":
         raise _invalid("LIFESPAN", lifespan, "None in scope 'request', which has no process loop to hold it open")
-    if values["THREAD"] == "request" and values["SCOPE"] == "process":
-        raise _invalid("THREAD", "request", "'own' in scope 'process', whose loop serves all request threads at a time")
     return Options(
         scope=values["SCOPE"],
-        thread=values["THREAD"],
         loop_factory=_loop_factory(values["LOOP_FACTORY"]),
         shutdown_timeout=float(timeout),
         lifespan=_lifespan(lifespan),

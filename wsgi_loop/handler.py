@@ -18,14 +18,14 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers import wsgi
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
-from django.urls import get_script_prefix, get_urlconf, resolve, set_script_prefix, set_urlconf
+from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 
 from . import forks
-from .bridge.storage import keep_on_thread
+from .bridge.storage import keep_on_thread, scope_here
 from .conf import get_options
 from .responses import ScopedIterable, serve_in
-from .scope import RequestScope, current_scope
-from .threads import UnsupportedThreads, check_threads
+from .scope import RequestScope
+from .threads import check_threads
 
 try:
     from django.tasks import task_backends
@@ -56,7 +56,7 @@ class WSGIHandler(wsgi.WSGIHandler):
     def __init__(self, **options: Any) -> None:
         try:
             check_threads()
-        except UnsupportedThreads as exc:
+        except RuntimeError as exc:
             raise ImproperlyConfigured(str(exc)) from None
         self._options = get_options(**options)
         super().__init__()
@@ -87,7 +87,7 @@ class WSGIHandler(wsgi.WSGIHandler):
     def get_response(self, request: HttpRequest) -> HttpResponseBase:
         response: HttpResponseBase = wsgi.WSGIHandler.get_response(self, request)
         if response.streaming:
-            scope = current_scope()
+            scope = scope_here()
             # Of this very request: a view may make another one, and call this for it.
             if isinstance(scope, HTTPScope) and scope.subject is request.META:
                 if getattr(response, "is_async", False):
@@ -109,13 +109,6 @@ class HTTPScope(RequestScope):
     @property
     def owner(self) -> str:
         return f"{self.subject.get('REQUEST_METHOD', '')} {self.subject.get('PATH_INFO', '')!r}"
-
-    @property
-    def view(self) -> str:
-        try:
-            return resolve(self.subject["PATH_INFO"]).view_name
-        except Exception:  # there is none, or none yet
-            return "requests for no view"
 
     def per_thread(self) -> list[Any]:
         return [handler._connections for handler in _HANDLERS]

@@ -1,15 +1,20 @@
-"""Event loops: how loop calls run on them and how they are closed well; the one of a request.
+"""Event loops: who runs them, how loop calls run on them, and how they are closed; the loop of a request.
 
-Knows asyncio and threads, and nothing of Django or asgiref: `bridge` turns what asgiref hands over into a `LoopCall`.
+Knows asyncio and threads, and nothing of Django.
 
-Who owns what: a `RequestLoop` belongs to the request that made it until `close()`, a `ProcessLoop` to the process until
-`shut_down()`. From then on, and only then, the loop thread that runs it finishes it off, alone and within a bound, so a
-thread that is interrupted while it waits leaves nothing behind. A loop thread belongs to `LoopThreads`, and is lent to
-one loop at a time.
+Who owns what. A loop has no thread at first: whichever thread of its request makes a loop call has the *turn*, and runs
+the loop *by hand*: it takes the first step of the call on its own stack, and runs the loop only while the call waits.
+While sync code runs, nobody has the turn, and the loop stands still. As soon as something on it could go on meanwhile,
+the loop is *promoted*: it gets a thread of its own, for the rest of its life. That thread closes the loop, and ends.
+A loop without a thread is closed by the request thread, if nothing is left on it.
+
+Each step of a task that serves loop calls is taken by the thread that waits, outside of the loop's own `_run_once`. So
+the loop may be run again below a step. A promoted loop takes all steps itself, as asyncio does.
 """
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import contextvars
@@ -17,24 +22,52 @@ import logging
 import sys
 import threading
 import weakref
+from asyncio import _get_running_loop, _set_running_loop
+from asyncio.tasks import _enter_task, _leave_task  # type: ignore[attr-defined]
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from functools import partial
+from threading import get_ident
 from typing import Any
 
-from .calls import Adapter, LoopCall, NoLoop, RequestTask, name_of
-from .resources import drop_keepers, is_kept, keepers_of
-from .threads import threads
+from .bridge.executor import Executor, current_executor, loop_executors, run_here
+from .bridge.storage import is_loop_call, move_here
+from .calls import LoopCall, NoLoop, RequestTask, name_of
+from .resources import context_of, drop_keepers, idle_keepers, is_kept, keepers_of
+from .threads import start_thread
 
 logger = logging.getLogger("wsgi_loop")
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+#: Called with a loop and asgiref's coroutine for a loop call, on the thread that makes the call.
+Door = Callable[["RunningLoop", Coroutine[Any, Any, Any]], None]
 
-#: Of a clean loop, before it is closed.
+#: How many rounds of the loop are waited for what is about to end: a task, a connection that was closed.
 _ROUNDS = 4
-#: In place of a loop's executor: uvloop's loops do not show if they have one.
-UNKNOWN = object()
 _SHUT_DOWN = "wsgi-loop shut-down"
+#: How many left-over tasks a record names.
+_MOST_NAMES = 10
+#: What running a loop by hand relies on. uvloop's loops do not have it.
+_BY_HAND = ("_ready", "_scheduled", "_timer_cancelled_count", "_thread_id", "_stopping", "_asyncgen_firstiter_hook")
+
+
+def all_tasks(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
+    """Return the unfinished tasks of a loop."""
+    # From Python 3.14 on, where the loop is running these are only the tasks that were made on this thread.
+    running = _get_running_loop()
+    _set_running_loop(None)
+    try:
+        return asyncio.all_tasks(loop)
+    finally:
+        _set_running_loop(running)
+
+
+def _names(names: Any) -> str:
+    """Return names for a log record, of bounded length."""
+    found = sorted(names)
+    more = len(found) - _MOST_NAMES
+    return ", ".join(found[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _without_generator_exit(exc: BaseException) -> Exception | None:
@@ -45,116 +78,413 @@ def _without_generator_exit(exc: BaseException) -> Exception | None:
     return rest
 
 
-class RunningLoop:
-    """One event loop on one leased thread, from its first loop call until its end.
+def _succeed(future: asyncio.Future[Any], result: Any) -> None:
+    if not future.done():
+        future.set_result(result)
 
-    factory: makes the loop. timeout: seconds that closing waits for cancelled tasks. owner: whom to name in logs.
+
+def _fail(future: asyncio.Future[Any], exc: BaseException) -> None:
+    if future.done():
+        return
+    if isinstance(exc, StopIteration):
+        # No future takes one, for it would end the coroutine that awaits it.
+        failure = RuntimeError("sync code raised StopIteration")
+        failure.__cause__ = exc
+        exc = failure
+    future.set_exception(exc)
+
+
+class Work:
+    """A thread-sensitive call on its way to the thread that runs it."""
+
+    def __init__(self, running: RunningLoop, function: Callable[[], Any]) -> None:
+        self.future: asyncio.Future[Any] = running.loop.create_future()
+        self._running = running
+        self._function = function
+
+    def run(self) -> None:
+        if self.future.cancelled():
+            return
+        try:
+            result = self._function()
+        except BaseException as exc:
+            self._running.answer(_fail, self.future, exc)
+            # The exception leads here, and the future leads to the exception.
+            del self
+        else:
+            self._running.answer(_succeed, self.future, result)
+
+    def refuse(self) -> None:
+        self._running.answer(self.future.cancel)
+
+
+class RunningLoop:
+    """One event loop, from its first loop call until its end.
+
+    factory: makes the loop. timeout: seconds that closing waits for cancelled tasks. owner: whom to name in logs. door:
+    takes what asgiref hands to the loop.
     """
 
-    def __init__(self, factory: LoopFactory, timeout: float, owner: str, adapter: Adapter) -> None:
-        self.timeout = timeout
+    #: What to do about left-over tasks.
+    remedy = ""
+
+    def __init__(self, factory: LoopFactory, timeout: float, owner: str, door: Door) -> None:
         self.owner = owner
-        #: Done when the loop is closed and nothing of it runs any more.
+        self.timeout = timeout
+        #: Done when a promoted loop is closed and nothing of it runs any more.
         self.ended: Future[None] = Future()
+        #: The thread of a promoted loop.
         self.thread_id: int | None = None
-        self._adapter = adapter
-        self._threads = threads
-        self._lock = threading.Lock()
+        self.is_promoted = False
+        self._door = door
+        self._turn = threading.RLock()
+        #: Whether somebody has the turn, who will look for what was posted before it ends.
+        self._is_held = False
+        self._driver: int | None = None
+        #: How many loop calls are run by hand, one below the other.
+        self.depth = 0
+        #: Steps that are to be taken by hand; those that are being taken; and the tasks whose steps are.
+        self._steps: deque[tuple[Any, tuple[Any, ...], Any]] = deque()
+        self._stepping: list[asyncio.Task[Any]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._makes_task = False
+        self._has_other_tasks = False
+        #: How many calls are on threads of executors.
+        self._in_executors = 0
+        self._let_go: Callable[[], None] | None = None
+        # Re-entrant: a finalizer may come at any moment, and make a loop call.
+        self._lock = threading.RLock()
         #: Held while it is logged that the loop is given up. Not the other one: a log handler may make a loop call.
         self._giving_up = threading.RLock()
-        #: What was handed over and has not ended yet.
+        #: What was begun or handed over and has not ended yet.
         self._calls: set[LoopCall] = set()
         #: Those of the requests that are on the loop now.
         self._request_tasks: set[RequestTask] = set()
+        #: Async generators that have begun, with the request in which they did.
+        self._generators: weakref.WeakKeyDictionary[Any, Executor | None] = weakref.WeakKeyDictionary()
+        #: The ends of those that were dropped.
+        self._ends: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         #: The tasks that end an async body, with the async generators that this has let go of.
         self._dropped: dict[asyncio.Task[Any] | None, list[Any]] = {}
-        self._started = False
         self._accepting = True
         self._closing = False
         self._stopped = False
         self._given_up = False
         # In an empty context: a loop's own callbacks keep the context that they are made in.
-        self.loop = contextvars.Context().run(factory)
-        self._post: Callable[..., Any] = self.loop.call_soon_threadsafe
+        self.loop: Any = contextvars.Context().run(factory)
+        self.can_run_by_hand = all(hasattr(self.loop, name) for name in _BY_HAND)
+        self.post: Callable[..., Any] = self.loop.call_soon_threadsafe
+        self._call_soon: Callable[..., Any] = self.loop.call_soon
         self._run_in: Callable[..., Any] = self.loop.run_in_executor
         stand_ins: dict[str, Any] = {
             "call_soon_threadsafe": self._call_soon_threadsafe,
             "run_in_executor": self._run_in_executor,
         }
-        self._sets_hooks = hasattr(self.loop, "_asyncgen_firstiter_hook")
-        if self._sets_hooks:
-            # asyncio's own loops set these whenever they begin to run. Others are told then: see `_begin`.
-            found: Any = self.loop
-            stand_ins["_asyncgen_firstiter_hook"] = partial(self._begin_generator, found._asyncgen_firstiter_hook)
-            stand_ins["_asyncgen_finalizer_hook"] = partial(self._drop_generator, found._asyncgen_finalizer_hook)
+        if self.can_run_by_hand:
+            stand_ins["call_soon"] = self._call_soon_by_hand
+            # asyncio's own loops set these whenever they begin to run. Others are told then: see `_set_hooks`.
+            stand_ins["_asyncgen_firstiter_hook"] = partial(self._begin_generator, self.loop._asyncgen_firstiter_hook)
+            stand_ins["_asyncgen_finalizer_hook"] = self._drop_generator
         self.loop.__dict__.update(stand_ins)
         self._stand_ins = tuple(stand_ins)
+
+    # --- who runs the loop ---------------------------------------------------------------------------------------
+
+    def take(self) -> bool:
+        """Take the turn, to run the loop by hand. False: it has a thread, or another thread has the turn."""
+        if self.is_promoted or not self._turn.acquire(blocking=False):
+            return False
+        if self.is_promoted or (self.depth and self._driver != get_ident()):
+            self._turn.release()
+            return False
+        self._is_held = True
+        return True
+
+    def release(self) -> None:
+        """Give the turn back. What a loop call has left on the loop gets a thread, if it could go on."""
+        try:
+            if not self.is_promoted:
+                self._settle()
+                if (self._calls and not self.depth) or self._others():
+                    self.promote()
+        finally:
+            self._is_held = False
+            self._turn.release()
+            # Posted when the turn was held.
+            if not self.is_promoted and (self.loop._ready or self._steps) and not self.loop.is_closed():
+                self.promote()
+
+    def is_driven_here(self) -> bool:
+        """Tell if this thread runs the loop by hand, or sync code below that."""
+        return self.depth > 0 and self._driver == get_ident()
+
+    def promote(self) -> None:
+        """Give the loop a thread of its own. Does nothing while another thread has the turn.
+
+        Raises RuntimeError if no thread can be started.
+        """
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            if self.is_promoted or self._stopped or self.loop.is_closed():
+                return
+            self.is_promoted = True
+            try:
+                self.loop.__dict__.pop("call_soon", None)
+                while self._steps:
+                    callback, args, context = self._steps.popleft()
+                    self._call_soon(callback, *args, context=context)
+                for request_task in self._request_tasks:
+                    request_task.watch()
+                start_thread(self._work)
+            except BaseException:
+                self._end()
+                raise
+        finally:
+            self._turn.release()
+
+    def drive(self, call: LoopCall, request_task: RequestTask | None = None) -> None:
+        """Begin a call on this thread's stack, and run the loop by hand until it has ended or the loop is promoted.
+
+        In this thread's turn.
+        """
+        self.depth += 1
+        self._driver = get_ident()
+        try:
+            if self.loop._ready or self._is_due():
+                # What expired while the loop stood still comes first.
+                self._take_round()
+            self._calls.add(call)
+            try:
+                task = self._begin(call, request_task, by_hand=True)
+            except BaseException:
+                self._calls.discard(call)
+                raise
+            while not call.done() and not self.is_promoted:
+                if self._steps:
+                    self._take_step()
+                elif task.done():
+                    # It has failed by itself, and not the coroutine that it ran.
+                    self._fail_call(call, task, request_task)
+                elif not call.executor.jobs.empty():
+                    # The loop goes on while that runs.
+                    self.promote()
+                else:
+                    self._run_by_hand()
+        finally:
+            self.depth -= 1
+
+    def _run_by_hand(self) -> None:
+        """Run the loop until it is stopped: by a step that is to be taken, or by work for this thread."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            # asyncio has also stored what a task raised in the task. Whoever awaits the task goes on first.
+            self._settle()
+            raise
+
+    def _take_round(self) -> None:
+        """Run what is ready."""
+        self.loop.stop()
+        self.loop.run_forever()
+
+    def _settle(self) -> None:
+        """Let what is about to end come to its end."""
+        for _ in range(_ROUNDS):
+            if self._steps:
+                self._take_step()
+            elif self.loop._ready:
+                self._take_round()
+            else:
+                break
+
+    def _call_soon_by_hand(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        """Stands in for the loop's own method, by way of which asyncio's tasks take their steps."""
+        task = getattr(callback, "__self__", None)
+        if isinstance(task, asyncio.Task):
+            if self._makes_task or task in self._tasks:
+                self._steps.append((callback, args, context))
+                self.loop.stop()
+                return None
+            self._has_other_tasks = True
+        return self._call_soon(callback, *args, context=context)
+
+    def _take_step(self) -> None:
+        """Take a step of a task on this thread's stack."""
+        callback, args, context = self._steps.popleft()
+        self._stepping.append(callback.__self__)
+        hooks = self._appear()
+        try:
+            context.run(callback, *args)
+        finally:
+            self._disappear(hooks)
+            self._stepping.pop()
+            if self._let_go is not None:
+                self._let_go()
+
+    def _appear(self) -> Any:
+        """Make the loop the running one of this thread, as its `run_forever` does."""
+        loop = self.loop
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
+        loop._thread_id = get_ident()
+        _set_running_loop(loop)
+        return hooks
+
+    def _disappear(self, hooks: Any) -> None:
+        _set_running_loop(None)
+        self.loop._thread_id = None
+        sys.set_asyncgen_hooks(*hooks)
+
+    def _is_due(self) -> bool:
+        scheduled = self.loop._scheduled
+        return bool(scheduled) and scheduled[0]._when <= self.loop.time()
+
+    def _others(self) -> set[asyncio.Task[Any]]:
+        """Return the tasks that could go on while this thread runs sync code."""
+        if not self._has_other_tasks:
+            return set()
+        return all_tasks(self.loop) - self._tasks - idle_keepers(self.loop)
+
+    def _is_busy(self) -> bool:
+        """Tell if anything could go on while this thread runs sync code. In this thread's turn."""
+        loop = self.loop
+        return bool(
+            loop._ready or self._steps or len(loop._scheduled) > loop._timer_cancelled_count or self._others()
+        )
+
+    # --- thread-sensitive calls ----------------------------------------------------------------------------------
+
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """Stands in for the loop's own method, to which asgiref gives thread-sensitive calls."""
+        if isinstance(executor, Executor) and not args:
+            if self._is_stepping() and executor.living().thread_id == get_ident() and not self._is_busy():
+                return self._run_inline(function)
+            work = Work(self, function)
+            executor.put(work)
+            return work.future
+        future = self._run_in(executor, function, *args)
+        self._in_executors += 1
+        future.add_done_callback(self._come_back)
+        return future
+
+    def _come_back(self, _: object) -> None:
+        self._in_executors -= 1
+
+    def _is_stepping(self) -> bool:
+        """Tell if this is called by a task whose step this thread takes by hand, and which nobody has cancelled."""
+        if not self._stepping or self.is_promoted or _get_running_loop() is not self.loop:
+            return False
+        task: Any = self._stepping[-1]
+        return asyncio.current_task() is task and not task._must_cancel
+
+    def _run_inline(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Run sync code right here, below the step of the task that wants it, outside of the loop."""
+        task, future = self._stepping[-1], self.loop.create_future()
+        give: Callable[..., None] = _succeed
+        outcome: Any
+        _leave_task(self.loop, task)
+        self._disappear((None, None))
+        try:
+            self._is_held = False
+            self._turn.release()
+            try:
+                if self.loop._ready:
+                    self.promote()
+                outcome = run_here(function)
+            except BaseException as exc:
+                give, outcome = _fail, exc
+        finally:
+            is_mine = self.take()
+            if not is_mine:
+                self._hold()
+            self._appear()
+            _enter_task(self.loop, task)
+        if is_mine:
+            give(future, outcome)
+        else:
+            # Not before the step has ended: the task goes on elsewhere.
+            let_go = self._let_go
+
+            def answer() -> None:
+                if let_go is not None:
+                    let_go()
+                self.answer(give, future, outcome)
+
+            self._let_go = answer
+        try:
+            return future
+        finally:
+            # An exception's traceback leads here.
+            del outcome, future
+
+    def _hold(self) -> None:
+        """Have the loop's thread stand still, until this one has taken to its end a step that it had begun before."""
+        stands, may_go_on = threading.Lock(), threading.Lock()
+        stands.acquire()
+        may_go_on.acquire()
+
+        def stand_still() -> None:
+            stands.release()
+            may_go_on.acquire()
+
+        def let_go() -> None:
+            self._let_go = None
+            may_go_on.release()
+
+        try:
+            self.post(stand_still, context=contextvars.Context())
+            while not stands.acquire(timeout=0.1) and not self.ended.done():
+                pass
+        except RuntimeError:  # it is closed
+            pass
+        except BaseException:
+            may_go_on.release()
+            raise
+        self._let_go = let_go
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
     def _call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> Any:
         """Stands in for the loop's own method, to which asgiref hands a loop call, on the thread that makes it."""
-        if self._adapter.recognizes(args):
-            return self.submit(*args)
-        return self._post(callback, *args, context=context)
+        if is_loop_call(args):
+            return self._door(self, args[0])
+        handle = self.post(callback, *args, context=context)
+        self._see_to_posts()
+        return handle
 
-    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """Stands in for the loop's own method, to which asgiref gives thread-sensitive calls."""
-        lent = None if args else self._adapter.lend(self, executor, function)
-        return self._run_in(executor, function, *args) if lent is None else lent
+    def _see_to_posts(self) -> None:
+        """Something was posted. Nobody would run that while the loop's thread is in sync code."""
+        if not self.is_promoted and not self._is_held:
+            self.promote()
+
+    def interrupt(self) -> None:
+        """Have the thread that runs the loop by hand see what it has to do."""
+        if not self.is_promoted:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self.post(self.loop.stop)
 
     def answer(self, function: Callable[..., object], *args: Any) -> None:
-        """Have the loop call a function that sets the result of a future, on any thread."""
+        """Have the loop call a function that sets the result of a future."""
         with contextlib.suppress(RuntimeError):  # it is closed
-            self._post(function, *args, context=contextvars.Context())
+            self.post(function, *args, context=contextvars.Context())
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], adapter: Adapter | None = None) -> None:
-        """Make a loop call of a coroutine, and `hand_over` that. Raises NoLoop when the loop takes no more calls."""
-        self.hand_over(lambda: (adapter or self._adapter).adapt(coroutine))
-
-    def hand_over(self, make_call: Callable[[], LoopCall]) -> None:
-        """Hand a loop call over, made only then; from here on it is certain to be answered.
+    def hand_over(self, call: LoopCall, request_task: RequestTask | None = None) -> None:
+        """Give a loop call to whoever runs the loop. From here on it is certain to be answered.
 
         Raises NoLoop when the loop takes no more calls.
         """
         with self._lock:
-            call = self._add(make_call)
-            if self._started:
-                self._post(self._accept, call)
-            else:
-                # Nobody is asleep in the loop yet who would have to be woken up, and with this waiting nobody will be.
-                self.loop.call_soon(self._accept, call)
-                self._start()
-
-    def _add(self, make_call: Callable[[], LoopCall]) -> LoopCall:
-        if not self._accepting:
-            raise NoLoop(f"{self.owner}: its event loop takes no more calls")
-        call = make_call()
-        # Before the loop can see it, which may be done with it at once.
-        self._calls.add(call)
-        return call
-
-    def has(self, call: LoopCall) -> bool:
-        """Tell if a call was handed over and has not ended yet."""
-        return call in self._calls
-
-    def _start(self) -> None:
-        try:
-            self._threads.submit(self._run)
-        except BaseException:
-            self._accepting = False
-            self._close_loop()
-            raise
-        self._started = True
-
-    def close_soon(self) -> None:
-        """Have the loop thread close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
-        with contextlib.suppress(RuntimeError):  # it is closed already
-            self._post(self._begin_shut_down)
-
-    def _left_overs(self) -> set[asyncio.Task[Any]]:
-        idle = {request_task.task for request_task in self._request_tasks.copy() if request_task.call is None}
-        return asyncio.all_tasks(self.loop) - idle
+            if not self._accepting:
+                raise NoLoop(f"{self.owner}: its event loop takes no more calls")
+            # Before the loop can see it, which may be done with it at once.
+            self._calls.add(call)
+            try:
+                self.post(self._accept, call, request_task, context=contextvars.Context())
+            except RuntimeError as exc:
+                self._calls.discard(call)
+                raise NoLoop(f"{self.owner}: its event loop is closed") from exc
+        self._see_to_posts()
 
     def give_up(self) -> None:
         """Take no more calls, and let those that run go. Logs what they are."""
@@ -167,78 +497,154 @@ class RunningLoop:
                 self._accepting = False
                 calls = self._calls.copy()
                 self._calls.clear()
-            names = sorted(self._describe(task) for task in self._left_overs() if task.get_name() != _SHUT_DOWN)
+            left = [task for task in self._left_overs() if task.get_name() != _SHUT_DOWN]
             logger.error(
-                "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. %sLet a "
+                "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. Let a "
                 "cancelled task end, and keep blocking calls out of async code.",
                 self.owner,
                 self.timeout,
-                ", ".join(names) or "an async generator, or a thread of the loop's default executor",
-                self.consequence,
+                _names(map(self._describe, left))
+                or "an async generator, or a thread of the loop's default executor",
             )
         for call in calls:
-            call.abandon(f"{self.owner}: its event loop was given up while loop call {call.name} was running")
+            self._abandon(call, f"{self.owner}: its event loop was given up while loop call {call.name} was running")
         with contextlib.suppress(RuntimeError):  # it has just been closed after all
-            self._post(self._stop)
+            self.post(self._stop)
+
+    def _abandon(self, call: LoopCall, message: str) -> None:
+        if not call.done():
+            call.end(RuntimeError(message))
+            call.executor.ring()
+
+    def close_soon(self) -> None:
+        """Have the loop's thread close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self.post(self._begin_shut_down, context=contextvars.Context())
+
+    def _left_overs(self) -> set[asyncio.Task[Any]]:
+        idle = {request_task.task for request_task in self._request_tasks.copy() if request_task.call is None}
+        return all_tasks(self.loop) - idle
+
+    def _is_clean(self) -> bool:
+        return not self._calls and not self._open_generators() and not self._left_overs()
+
+    def _open_generators(self) -> bool:
+        return bool(self._generators) and any(found.ag_frame is not None for found in list(self._generators))
 
     def _describe(self, task: asyncio.Task[Any]) -> str:
         for request_task in self._request_tasks.copy():
-            if task is request_task.task:
-                return request_task.running().get(task, "loop call")
-        if task.get_name().startswith("loop call "):
-            return task.get_name()
+            if (name := request_task.running().get(task)) is not None:
+                return name
         coroutine = task.get_coro()
         where = getattr(coroutine, "__qualname__", None) or repr(coroutine)
         code = getattr(coroutine, "cr_code", None)
-        line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-        return f"{task.get_name()} running {where}{line}"
+        line = f" ({code.co_filename}:{code.co_firstlineno})" if code and task not in self._ends else ""
+        return f"{task.get_name()} running {where}{line}" if task not in self._ends else task.get_name()
 
-    # --- on the loop thread --------------------------------------------------------------------------------------
+    # --- on the thread that runs the loop ------------------------------------------------------------------------
 
-    def _run(self) -> bool:
-        self.thread_id = threading.get_ident()
+    def new_task(self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context) -> Any:
+        """Make a task that serves loop calls, by hand until the loop is promoted.
+
+        Not by `create_task`: a user's task factory has no part in it.
+        """
+        self._makes_task = not self.is_promoted
         try:
-            while not self._stopped:
-                self._prepare()
-                try:
-                    self.loop.run_forever()
-                except (SystemExit, KeyboardInterrupt):
-                    # Raised by a task. asyncio has also stored it in the task, where whoever awaits the task gets it;
-                    # the loop itself must go on, or its callers would wait for ever.
-                    continue
+            task = asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
         finally:
-            self._end()
-        return self._return_thread()
+            self._makes_task = False
+        if not self.is_promoted:
+            self._tasks.add(task)
+        return task
 
-    def _return_thread(self) -> bool:
-        return not self._given_up and self._threads.give_back()
+    def _accept(self, call: LoopCall, request_task: RequestTask | None) -> None:
+        if call not in self._calls:
+            return  # abandoned
+        try:
+            self._begin(call, request_task, by_hand=False)
+        except BaseException as exc:
+            self._calls.discard(call)
+            call.end(exc)
+            call.executor.ring()
 
-    def _prepare(self) -> None:
-        """Called when the loop is about to run, also after it was interrupted."""
-        if not self._sets_hooks:
-            self.loop.call_soon(self._begin, context=contextvars.Context())
+    def _begin(self, call: LoopCall, request_task: RequestTask | None, by_hand: bool) -> asyncio.Task[Any]:
+        if request_task is not None and request_task.take(call):
+            self._request_tasks.add(request_task)
+            if self.is_promoted:
+                request_task.watch()
+            assert request_task.task is not None
+            return request_task.task
+        context = call.caller.copy()
+        move_here(context)
+        call.begin_in(context)
+        coroutine, name = self._run_alone(call, request_task), f"loop call {call.name}"
+        task: asyncio.Task[Any]
+        if by_hand:
+            task = self.new_task(coroutine, name, context)
+        else:
+            task = asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+        if request_task is not None:
+            request_task.others[task] = call
+        if not by_hand:
+            # When it is cancelled before its first step, none of its own code runs.
+            task.add_done_callback(lambda _: self._end_alone(task, call, request_task), context=contextvars.Context())
+        return task
 
-    def _begin(self) -> None:
-        hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(
-            firstiter=partial(self._begin_generator, hooks.firstiter),
-            finalizer=partial(self._drop_generator, hooks.finalizer),
-        )
+    async def _run_alone(self, call: LoopCall, request_task: RequestTask | None) -> None:
+        task: Any = asyncio.current_task()
+        try:
+            await call.run()
+        finally:
+            self._end_alone(task, call, request_task)
+
+    def _end_alone(self, task: asyncio.Task[Any], call: LoopCall, request_task: RequestTask | None) -> None:
+        self._tasks.discard(task)
+        if request_task is not None:
+            request_task.others.pop(task, None)
+        self.finish(call)
+
+    def finish(self, call: LoopCall) -> None:
+        """The call has ended: answer it, unless it was abandoned."""
+        if call.done():
+            return
+        self._calls.discard(call)
+        call.end()
+        if call.executor.thread_id != get_ident():
+            call.executor.ring()
+
+    def _fail_call(self, call: LoopCall, task: asyncio.Task[Any], request_task: RequestTask | None) -> None:
+        if not task.cancelled():
+            call.exception = task.exception()
+        if request_task is not None and request_task.call is call:
+            request_task.finish_call()
+        self.finish(call)
 
     def _begin_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
         """Called when an async generator takes its first step. of_loop: what the loop does then."""
+        self._generators[generator] = current_executor()
         if of_loop is not None:
             of_loop(generator)
 
-    def _drop_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
-        """Called when an async generator is dropped before its end. of_loop: what the loop does then."""
-        dropped = None
-        if self._dropped and threading.get_ident() == self.thread_id:
+    def _drop_generator(self, generator: Any) -> None:
+        """Called when an async generator is dropped before its end, by any code, on any thread."""
+        begun_in = self._generators.pop(generator, None)
+        if self._dropped and get_ident() == self.thread_id:
             dropped = self._dropped.get(asyncio.current_task(self.loop))
-        if dropped is not None:
-            dropped.append(generator)
-        elif of_loop is not None:
-            of_loop(generator)
+            if dropped is not None:
+                dropped.append(generator)
+                return
+        # A bystander's context is none of its business.
+        context = contextvars.copy_context() if current_executor() is begun_in else contextvars.Context()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.post(self._end_generator, generator, context=context)
+            self._see_to_posts()
+
+    def _end_generator(self, generator: Any) -> None:
+        async def end() -> None:
+            await generator.aclose()
+
+        task = self.loop.create_task(end(), name=f"end of async generator {name_of(generator)}")
+        self._ends.add(task)
 
     async def end_body(self, iterator: Any, owner: str) -> None:
         """Close an async iterator, and then the async generators that it went through, in this same task.
@@ -269,53 +675,73 @@ class RunningLoop:
         finally:
             del self._dropped[task]
 
-    def _accept(self, call: LoopCall) -> None:
-        with self._lock:
-            if call not in self._calls:
-                return  # abandoned
-            call.begin()
-        request_task = call.request_task
-        if request_task is not None and request_task.take(call, self):
-            self._request_tasks.add(request_task)
+    # --- on the thread of a promoted loop ------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        self.thread_id = get_ident()
+        try:
+            self._move_contexts_here()
+            while not self._stopped:
+                if not self.can_run_by_hand:
+                    self.loop.call_soon(self._set_hooks, context=contextvars.Context())
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):
+                    # Raised by a task. asyncio has also stored it in the task, where whoever awaits the task gets it;
+                    # the loop itself must go on, or its callers would wait for ever.
+                    continue
+        except BaseException as exc:
+            logger.exception("%s: its event loop broke", self.owner)
+            self._break(exc)
+        finally:
+            self._end()
+
+    def _move_contexts_here(self) -> None:
+        """What waits on the loop sees what `Local`s hold as it did on the thread that ran the loop by hand."""
+        if not self.can_run_by_hand:
             return
-        task = self.loop.create_task(call.coroutine, name=f"loop call {call.name}")
-        nested = set() if request_task is None else request_task.nested
-        nested.add(task)
+        contexts = [context_of(task) for task in all_tasks(self.loop)]
+        contexts += [handle._context for handle in [*self.loop._ready, *self.loop._scheduled]]
+        contexts += [request_task.context.context for request_task in self._request_tasks]
+        for context in contexts:
+            if context is not None:
+                with contextlib.suppress(RuntimeError):  # a thread is inside
+                    move_here(context)
 
-        def done(task: asyncio.Task[None]) -> None:
-            nested.discard(task)
-            self.finish(call)
+    def _set_hooks(self) -> None:
+        hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(
+            firstiter=partial(self._begin_generator, hooks.firstiter), finalizer=self._drop_generator
+        )
 
-        # Also when it is cancelled before its first step, when none of its own code runs.
-        task.add_done_callback(done)
-
-    def finish(self, call: LoopCall) -> None:
-        """The call has ended: answer it, unless it was abandoned."""
+    def _break(self, exc: BaseException) -> None:
+        """The loop itself has failed: nothing on it will ever go on."""
         with self._lock:
-            if call not in self._calls:
-                return
-            self._calls.remove(call)
-        call.finish()
+            self._accepting = False
+            calls = self._calls.copy()
+            self._calls.clear()
+        for call in calls:
+            self._abandon(call, f"{self.owner}: its event loop broke while loop call {call.name} was running: {exc!r}")
 
     def _begin_shut_down(self) -> None:
         if not self._closing:
             self._closing = True
-            self.loop.create_task(self._shut_down(), name=_SHUT_DOWN, context=contextvars.Context())
+            self.new_task(self._shut_down(), _SHUT_DOWN, contextvars.Context())
 
     async def _shut_down(self) -> None:
+        """Close the loop within `timeout` seconds, step by step. What a task uses goes after the task."""
         keepers = keepers_of(self.loop)
         try:
             await self._drain()
             deadline = self.loop.time() + self.timeout
             for request_task in self._request_tasks.copy():
                 request_task.end()
-            # What a task uses, and what keeps it open, goes after the task. A left-over task may make loop calls of its
-            # own while it ends, so the door closes after that.
             await self._end_tasks(deadline)
             await keepers.leave(deadline)
+            # A left-over task may make loop calls of its own while it ends. The door closes after that.
             with self._lock:
                 self._accepting = False
-            await self._settle()
+            await self._settle_tasks()
             await self._end_tasks(deadline)
             await self._release(deadline)
             for shut_down in (self.loop.shutdown_asyncgens, self.loop.shutdown_default_executor):
@@ -327,26 +753,25 @@ class RunningLoop:
         finally:
             self._stop()
 
-    def _need_thread(self) -> None:
-        """Called when the end of the loop takes longer than was thought."""
-
     async def _drain(self) -> None:
         """Wait for what may take its time to end."""
 
     async def _release(self, deadline: float) -> None:
         """Give back what belongs to the loop, now that none of its tasks are left."""
 
-    async def _settle(self) -> None:
+    async def _settle_tasks(self) -> None:
         """Let everything that was handed over become a task, and take its first step: before that it can not answer."""
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
     async def _end_tasks(self, deadline: float) -> None:
-        if self._given_up or not self._others():
+        if self._given_up or not self._unended():
             return
-        self._need_thread()
-        await self._settle()
-        tasks = self._others()
+        await self._settle_tasks()
+        if ends := set(self._ends) & self._unended():
+            # The end of a generator that was dropped is no left-over: it is completed.
+            await asyncio.wait(ends, timeout=max(deadline - self.loop.time(), 0))
+        tasks = self._unended()
         if not tasks:
             return
         self._warn(tasks)
@@ -366,17 +791,12 @@ class RunningLoop:
             "%s: ended while %d of its tasks still ran, which are cancelled: %s. %s",
             self.owner,
             len(tasks),
-            ", ".join(sorted(map(self._describe, tasks))),
+            _names(map(self._describe, tasks)),
             self.remedy,
         )
 
-    #: What to do about left-over tasks.
-    remedy = ""
-    #: What it means that the loop is given up.
-    consequence = "Its loop thread is not used again. "
-
-    def _others(self) -> set[asyncio.Task[Any]]:
-        tasks = self._left_overs() - {asyncio.current_task()}
+    def _unended(self) -> set[asyncio.Task[Any]]:
+        tasks: set[asyncio.Task[Any]] = self._left_overs() - {asyncio.current_task()}  # type: ignore[arg-type]
         keepers = keepers_of(self.loop)
         return tasks if keepers.have_left else {task for task in tasks if not is_kept(task)}
 
@@ -388,7 +808,7 @@ class RunningLoop:
         """Close the loop. A task that would not end is taken off it, so that it never meets a later request."""
         with self._lock:
             self._accepting = False
-        for task in asyncio.all_tasks(self.loop):
+        for task in all_tasks(self.loop):
             coroutine = task.get_coro()
             try:
                 if coroutine is not None:
@@ -401,23 +821,22 @@ class RunningLoop:
         for call in list(self._calls):
             with contextlib.suppress(RuntimeError):  # it ignored its end
                 self.finish(call)
-        self._close_clean()
+        self._close()
 
-    def _close_clean(self) -> None:
+    def _close(self) -> None:
         """Close the loop, on which nothing is left."""
-        with self._lock:
-            self._accepting = False
+        self._accepting = False
         self._request_tasks.clear()
         drop_keepers(self.loop)
-        self._close_loop()
-        self.ended.set_result(None)
-
-    def _close_loop(self) -> None:
+        loop_executors.pop(self.loop, None)
         self.loop.close()
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
         for name in self._stand_ins:
             self.loop.__dict__.pop(name, None)
+        self._stopped = True
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 class RequestLoop(RunningLoop):
@@ -428,65 +847,56 @@ class RequestLoop(RunningLoop):
         "the request."
     )
 
-    def __init__(self, factory: LoopFactory, timeout: float, owner: str, adapter: Adapter) -> None:
-        self._given_back = False
-        self._generators: weakref.WeakSet[Any] = weakref.WeakSet()
-        super().__init__(factory, timeout, owner, adapter)
+    def leave(self, request_task: RequestTask, executor: Executor) -> None:
+        """Close the loop: at once if nothing is left on it, else within `timeout` seconds.
 
-    def close(self, wait: Callable[[Future[None], float], bool]) -> None:
-        """Close the loop. Returns at once if nothing is left on it, else waits for at most `timeout` seconds.
-
-        wait: waits for the future, for so many seconds, and tells if it is done. What the loop's tasks need of this
-        thread meanwhile is served there.
+        executor: runs on this thread what the loop's tasks need to run here meanwhile.
         """
-        if not self._started:
-            self._close_loop()
-            return
-        clean = self._is_clean()
-        # UNKNOWN counts as used: the thread is then given back only when it is free.
-        if clean and self._default_executor() is None:
-            self._given_back = self._threads.give_back()
-            self._post(self._end_clean, context=contextvars.Context())
-            return
+        if _get_running_loop() is None and self.take():
+            try:
+                request_task.end()
+                self._settle()
+                left = all_tasks(self.loop) - self._tasks if self._has_other_tasks else set()
+                if self._in_executors or self._calls or left - idle_keepers(self.loop) or self._open_generators():
+                    self.promote()
+                elif left:
+                    self._closing = True
+                    self.drive(LoopCall(self._shut_down(), "end of PerLoop resources", executor, contextvars.Context()))
+                if not self.is_promoted:
+                    self._close()
+                    return
+            finally:
+                self.release()
+        self.promote()
+        is_clean = self._is_clean()
         self.close_soon()
-        if not clean and not wait(self.ended, self.timeout):
+        if is_clean:
+            return
+        self.ended.add_done_callback(lambda _: executor.ring())
+        if not executor.serve_until(self.ended, self.timeout):
             self.give_up()
 
-    def _is_clean(self) -> bool:
-        return not self._calls and not self._left_overs() and not self._open_generators()
-
-    def _open_generators(self) -> bool:
-        return bool(self._generators) and any(found.ag_frame is not None for found in self._generators.copy())
-
-    def _default_executor(self) -> object:
-        return getattr(self.loop, "_default_executor", UNKNOWN)
-
-    def _end_clean(self, rounds: int = _ROUNDS) -> None:
-        """Close the loop with no more ado, if it still is as clean as it was. Called on the loop thread."""
-        for request_task in self._request_tasks:
-            request_task.end()
-        if rounds:
-            # For what is about to end: that task, connections that were closed.
-            self.loop.call_soon(self._end_clean, rounds - 1, context=contextvars.Context())
+    def leave_soon(self, request_task: RequestTask) -> None:
+        """Close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
+        if self.is_promoted or not self.take():
+            self.close_soon()
             return
-        clean = not self._closing and self._is_clean() and self._default_executor() is None
-        with self._lock:
-            clean = clean and not self._calls
-            if clean:
-                self._accepting = False
-        if clean:
-            self._stop()
-        else:
-            self._begin_shut_down()
+        try:
+            if not self.depth and not self._has_other_tasks and not self._in_executors and not self._open_generators():
+                request_task.end()
+                self._settle()
+                self._close()
+                return
+        finally:
+            self._is_held = False
+            self._turn.release()
+        # By way of a bare thread: this one may hold a lock that is taken to start another one.
+        with contextlib.suppress(RuntimeError):
+            _thread.start_new_thread(self._close_elsewhere, ())
 
-    def _return_thread(self) -> bool:
-        return not self._given_up and (self._given_back or self._threads.give_back())
-
-    def _begin_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
-        self._generators.add(generator)
-        super()._begin_generator(of_loop, generator)
-
-    def _need_thread(self) -> None:
-        if self._given_back:
-            self._given_back = False
-            self._threads.take_back()
+    def _close_elsewhere(self) -> None:
+        try:
+            self.promote()
+        except RuntimeError as exc:
+            logger.error("%s: its event loop was not closed well: %s", self.owner, exc)
+        self.close_soon()

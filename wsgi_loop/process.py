@@ -8,15 +8,19 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401 - what it does at the end of the process is to come after ours
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from django.db import connections
 
 from . import forks
-from .bridge.process import make_process_loop
+from .bridge.executor import loop_executors
 from .calls import NoLoop
 from .conf import Options
+from .loops import Door
 from .process_loop import ProcessLoop
 from .resources import kept
+from .threads import SyncThread
 
 _lock = threading.RLock()
 _loop: ProcessLoop | None = None
@@ -34,8 +38,10 @@ def _after_fork() -> None:
         _loop = None
 
 
-def get_process_loop(options: Callable[[], Options]) -> ProcessLoop:
+def get_process_loop(options: Callable[[], Options], door: Door) -> ProcessLoop:
     """Return the loop of this process. The first use starts it with `options`, and waits for its lifespan.
+
+    door: takes the loop calls that asgiref hands to the loop.
 
     Raises what the lifespan raises, and the next use starts another loop; `NoLoop` when the process is ending.
     """
@@ -47,7 +53,7 @@ def get_process_loop(options: Callable[[], Options]) -> ProcessLoop:
             if _ended:
                 raise NoLoop("The process is about to end")
             if _loop is None or _has_failed(_loop):
-                _loop = _start(options())
+                _loop = _start(options(), door)
             running = _loop
     # What the lifespan itself starts can not wait for it, nor can what it runs on other threads.
     if threading.get_ident() != running.thread_id and kept.get() is not running.loop:
@@ -59,8 +65,26 @@ def _has_failed(running: ProcessLoop) -> bool:
     return running.ready.done() and running.ready.exception() is not None
 
 
-def _start(options: Options) -> ProcessLoop:
-    running = make_process_loop(options, connections.close_all)
+def _start(options: Options, door: Door) -> ProcessLoop:
+    # For the thread-sensitive calls of what the loop's keepers hold.
+    executor = SyncThread("wsgi-sync-resources")
+
+    def release() -> Future[Any] | None:
+        if loop_executors.pop(running.loop, None) is None:
+            return None
+        ended = executor.submit(connections.close_all) if executor.is_used else None
+        executor.shutdown()
+        return ended
+
+    running = ProcessLoop(
+        options.loop_factory,
+        options.shutdown_timeout,
+        door,
+        options.lifespan,
+        options.max_background_tasks,
+        release,
+    )
+    loop_executors[running.loop] = executor
     running.start()
     return running
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
-from .calls import Adapter, NoLoop, RequestTask
-from .loops import LoopFactory, RunningLoop
+from .bridge.executor import Executor
+from .calls import NoLoop, RequestTask
+from .loops import Door, LoopFactory, RunningLoop
 from .resources import AsyncContextFactory, keepers_of
 
 logger = logging.getLogger("wsgi_loop")
@@ -37,7 +38,7 @@ class ProcessLoop(RunningLoop):
         self,
         factory: LoopFactory,
         timeout: float,
-        adapter: Adapter,
+        door: Door,
         lifespan: AsyncContextFactory | None,
         max_background_tasks: int,
         release: Callable[[], Future[Any] | None],
@@ -50,15 +51,14 @@ class ProcessLoop(RunningLoop):
         #: What to call the background tasks in logs: by their futures, and by themselves.
         self._background: dict[Future[Any], str] = {}
         self._descriptions: dict[asyncio.Task[Any], str] = {}
-        super().__init__(factory, timeout, "The process loop", adapter)
+        super().__init__(factory, timeout, "The process loop", door)
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the loop's thread. Raises `NoThread` if it can not be started."""
-        with self._lock:
-            self._post(self._open_soon, context=contextvars.Context())
-            self._start()
+        """Start the loop's thread. Raises RuntimeError if it can not be started."""
+        self.post(self._open_soon, context=contextvars.Context())
+        self.promote()
 
     def start_background_task(
         self,
@@ -97,14 +97,14 @@ class ProcessLoop(RunningLoop):
                     f"{', '.join(f'{number} x {name}' for name, number in names)}. Use a task queue, or raise it."
                 )
             self._background[future] = description
-            self._post(start, context=contextvars.Context())
+            self.post(start, context=contextvars.Context())
         return future
 
     def _cancel_soon(self, task: asyncio.Task[Any] | None) -> None:
         if task is None:
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._post(task.cancel, context=contextvars.Context())
+            self.post(task.cancel, context=contextvars.Context())
 
     def give_up(self) -> None:
         super().give_up()
@@ -122,17 +122,21 @@ class ProcessLoop(RunningLoop):
         else:
             future.set_exception(exception)
 
-    def leave(self, request_task: RequestTask, wait: Callable[[Future[None], float], bool]) -> None:
-        """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more."""
+    def leave(self, request_task: RequestTask, executor: Executor) -> None:
+        """End a request's task. Waits at most `timeout` seconds for a call in it, which nobody waits for any more.
+
+        executor: runs on this thread what the call needs to run here meanwhile.
+        """
         if not request_task.running() or self._given_up:
             self.leave_soon(request_task)
             return
         ended: Future[None] = Future()
+        ended.add_done_callback(lambda _: executor.ring())
         try:
-            self._post(self._end_request_task, request_task, ended, context=contextvars.Context())
+            self.post(self._end_request_task, request_task, ended, context=contextvars.Context())
         except RuntimeError:
             return  # the loop is closed
-        if not wait(ended, self.timeout):
+        if not executor.serve_until(ended, self.timeout):
             logger.error(
                 "%s: %s s (SHUTDOWN_TIMEOUT) after it was cancelled this was still running, and is given up: %s. "
                 "Let a cancelled task end, and keep blocking calls out of async code.",
@@ -144,7 +148,7 @@ class ProcessLoop(RunningLoop):
     def leave_soon(self, request_task: RequestTask) -> None:
         """The same, and wait for nothing. Takes no lock: a finalizer may call it."""
         with contextlib.suppress(RuntimeError):  # it is closed already
-            self._post(self._end_request_task, request_task, None, context=contextvars.Context())
+            self.post(self._end_request_task, request_task, None, context=contextvars.Context())
 
     def shut_down(self) -> None:
         """Close the loop. Waits at most `timeout` seconds for what runs, and as long again for what it then cancels."""
@@ -218,11 +222,11 @@ class ProcessLoop(RunningLoop):
 
     async def _drain(self) -> None:
         deadline = self.loop.time() + self.timeout
-        while tasks := self._others():
+        while tasks := self._unended():
             _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
             if pending:
                 return
-            await self._settle()
+            await self._settle_tasks()
 
     async def _release(self, deadline: float) -> None:
         released = self._release_resources()

@@ -162,6 +162,9 @@ class Keepers:
                 raise TimeoutError
         self.have_left = True
 
+    def idle(self) -> set[asyncio.Task[Any]]:
+        return {keeper.task for keeper in self._keepers.values() if keeper.entered.done()}
+
     def entered_after(self, keeper: Keeper) -> list[Keeper]:
         keepers = list(self._keepers.values())
         return keepers[keepers.index(keeper) + 1 :]
@@ -203,10 +206,20 @@ def drop_keepers(loop: asyncio.AbstractEventLoop) -> None:
         keepers.drop()
 
 
-def is_kept(task: asyncio.Task[Any]) -> bool:
-    """Tell if the task is a keeper, or was started by what one holds open."""
+def idle_keepers(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
+    """Return the keepers that wait for nothing but the loop's end."""
+    keepers = _keepers.get(loop)
+    return set() if keepers is None else keepers.idle()
+
+
+def context_of(task: asyncio.Task[Any]) -> contextvars.Context | None:
     if hasattr(task, "get_context"):  # from Python 3.12 on
-        return task.get_context().get(kept) is not None
+        return task.get_context()  # type: ignore[no-any-return]
     # Python 3.11 does not tell, but a task holds its context.
-    contexts = [held for held in gc.get_referents(task) if isinstance(held, contextvars.Context)]
-    return any(context.get(kept) is not None for context in contexts)
+    return next((held for held in gc.get_referents(task) if isinstance(held, contextvars.Context)), None)
+
+
+def is_kept(task: asyncio.Task[Any]) -> bool:
+    """Tell if the task is a keeper, or was started by what a keeper holds open."""
+    context = context_of(task)
+    return context is not None and context.get(kept) is not None

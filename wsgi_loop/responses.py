@@ -36,7 +36,7 @@ from django.http import HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.template.response import SimpleTemplateResponse
 
-from .bridge.calls import END
+from .calls import END
 
 logger = logging.getLogger("wsgi_loop")
 

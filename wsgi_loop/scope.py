@@ -1,10 +1,10 @@
-"""The life of one request: its context, its event loop if a loop call ever asks for one, and its end, exactly once.
+"""The life of one request: its context, its loop calls if there are any, and its end, exactly once.
 
 Knows nothing of HTTP, and leaves the loop to `loops` and `process`, and what asgiref needs to `bridge`.
 
-Who owns what: the request's handler and response own the scope, the scope owns the request context and the loop. Each
-entry (`run`) takes the context and this thread's thread-locals for its own time only, so that a server may open and
-close requests on its threads in any order.
+Who owns what: the request's handler and response own the scope. The scope owns the request context, and `RequestCalls`,
+which owns the loop. Each entry (`run`) takes the context and this thread's thread-locals for its own time only, so that
+a server may open and close requests on its threads in any order.
 """
 
 from __future__ import annotations
@@ -13,24 +13,36 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+import warnings
+from asyncio import _get_running_loop
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from threading import get_ident
 from typing import Any, TypeVar
 
+from asgiref.sync import async_to_sync
+
 from . import forks
-from .bridge.calls import END, advance, answer
-from .bridge.requests import OwnLoop, RequestCalls, SharedLoop, ThreadlessCalls
-from .bridge.storage import LOOP, LOOP_PID, SCOPE, is_taken, move_here, threadlocal
-from .calls import NoLoop, name_of
+from .bridge import watching
+from .bridge.executor import Executor, enclosing_executor, loop_executors
+from .bridge.storage import LOOP, LOOP_PID, SCOPE, enter_here, is_taken, scope_here, take_apart, threadlocal
+from .calls import END, LoopCall, NoLoop, RequestTask, are_same, name_of
 from .conf import Options
+from .loops import RequestLoop, RunningLoop
 from .process import get_process_loop
-from .threads import NoThread
+from .process_loop import ProcessLoop
+from .threads import check_threads
 
 logger = logging.getLogger("wsgi_loop")
 
 R = TypeVar("R")
 T = TypeVar("T")
 ThreadState = dict[str, Any]
+
+_NOTHING = contextvars.Context()
+#: Not even to be collected in a forked child: to close a loop there would take the parent's descriptors apart.
+_inherited: list[RunningLoop] = []
 
 # Re-entrant: the garbage collector may close a response while this thread is making a loop.
 _making_loop = threading.RLock()
@@ -45,11 +57,12 @@ def _after_fork() -> None:
 class RequestScope:
     """What one request runs in, from before request_started until after request_finished.
 
-    It also stands in for the request's loop until the first loop call.
+    Until the first loop call, it also stands where asgiref looks for the request's loop.
     """
 
     #: asgiref passes it back to `call_soon_threadsafe`.
     create_task = None
+    is_scope = True
 
     # Whoever makes a scope sets these three; `start` sets the rest. None has a default in the class: Python 3.11 takes
     # 1,000 instructions a request more to find, behind one, what an instance has.
@@ -67,54 +80,15 @@ class RequestScope:
         """Whom to name in logs."""
         return str(self.subject)
 
-    @property
-    def view(self) -> str:
-        """What the request runs, by a name that other requests for the same share."""
-        return self.owner
-
     def per_thread(self) -> Iterable[Any]:
         """The `Local`s whose content belongs to a thread, and not to a request."""
         return ()
 
-    # `start` and `finish` are `run` for the first and the last entry. A request that makes no loop call pays for little
-    # else, so they do themselves what `_enter` does, in the usual case, where they find nothing on the thread.
-
-    def start(self, function: Callable[..., R], a: Any, b: Any, c: Any, /) -> R:
-        """Begin the request, in a copy of the current context, and call `function` in it with three arguments."""
-        self._context = context = contextvars.copy_context()
-        self._home = thread = threadlocal.__dict__
-        if thread:
-            return self._enter(thread, context, function, (a, b, c))
-        thread[LOOP] = self
-        thread[LOOP_PID] = forks.pid
-        try:
-            return context.run(function, a, b, c)
-        finally:
-            thread.clear()
-
-    def finish(self, function: Callable[[T], object], argument: T, /) -> None:
-        """Call `function` inside the request, with one argument, and `close` it."""
-        thread = threadlocal.__dict__
-        context = self._context
-        if thread or thread is not self._home or self.calls is not None or context is None:
-            try:
-                self.run(function, argument)
-            finally:
-                self.close()
-            return
-        thread[LOOP] = self
-        thread[LOOP_PID] = forks.pid
-        try:
-            context.run(function, argument)
-        except RuntimeError as exc:
-            if not is_taken(exc):
-                raise
-            context.copy().run(function, argument)
-        finally:
-            thread.clear()
-            self._context = None
-            if self.calls is not None:
-                self.close()
+    def start(self, function: Callable[..., R], /, *args: Any) -> R:
+        """Begin the request, in a copy of the current context, and call `function` in it."""
+        self._context = contextvars.copy_context()
+        self._home = threadlocal.__dict__
+        return self.run(function, *args)
 
     def run(self, function: Callable[..., R], /, *args: Any) -> R:
         """Call `function` inside the request, and return what it returns.
@@ -129,33 +103,42 @@ class RequestScope:
         if thread.get(SCOPE, thread.get(LOOP)) is self:
             return function(*args)
         if thread is not self._home:
-            moved = move_here(context, self.per_thread())
+            moved = enter_here(context, self.per_thread())
             if moved is context:
                 self._home = thread
             context = moved
-        return self._enter(thread, context, function, args)
-
-    def _enter(
-        self, thread: ThreadState, context: contextvars.Context, function: Callable[..., R], args: tuple[Any, ...]
-    ) -> R:
-        with self.standing_on(thread):
+        # Nothing of what is found shows in between: `task_context`, above all, would tie loop calls to whatever
+        # `sync_to_async` call has last run on this thread.
+        found = thread.copy() if thread else None
+        if found:
+            thread.clear()
+        thread[LOOP] = self
+        thread[LOOP_PID] = forks.pid
+        try:
             if self.calls is not None:
+                thread[SCOPE] = self
                 self.calls.serve()
             try:
                 return context.run(function, *args)
             except RuntimeError as exc:
                 if not is_taken(exc):
                     raise
-            context = move_here(context, self.per_thread())
-            return context.run(function, *args)
+            return enter_here(context.copy(), self.per_thread()).run(function, *args)
+        finally:
+            thread.clear()
+            if found:
+                thread.update(found)
+
+    def finish(self, function: Callable[[T], object], argument: T, /) -> None:
+        """Call `function` inside the request, with one argument, and `close` it."""
+        try:
+            self.run(function, argument)
+        finally:
+            self.close()
 
     @contextlib.contextmanager
     def standing_on(self, thread: ThreadState) -> Iterator[None]:
-        """Make this what async_to_sync finds on the thread, which is left as it was found.
-
-        Nothing of that shows in between: `task_context`, which asgiref never takes off a thread, would tie this
-        request's loop calls to whatever `sync_to_async` call last ran here.
-        """
+        """Make this what async_to_sync finds on the thread, which is left as it was found."""
         found = thread.copy()
         thread.clear()
         thread[LOOP] = thread[SCOPE] = self
@@ -165,27 +148,6 @@ class RequestScope:
         finally:
             thread.clear()
             thread.update(found)
-
-    def advance(self, iterator: AsyncIterator[Any]) -> Any:
-        """Return the next item of an async iterator, or `END`: after `close`, always. Called inside `run`."""
-        if self._context is None:
-            return END
-        try:
-            calls = self.calls or self._make_calls()
-        except NoLoop:
-            return advance(iterator, self._loop)
-        return calls.advance(iterator)
-
-    def _loop(self) -> asyncio.AbstractEventLoop | None:
-        calls = self.calls
-        return None if calls is None else calls.loop
-
-    def end_body(self, iterator: Any) -> None:
-        """Await `iterator.aclose()`, within a bound. Called inside `run`."""
-        try:
-            (self.calls or self._make_calls()).end_body(iterator)
-        except Exception:
-            logger.exception("%s: its body %s could not be closed", self.owner, name_of(iterator))
 
     def close(self) -> None:
         """Close the request's loop, if it has one, and let go of its context. Further calls do nothing."""
@@ -198,40 +160,56 @@ class RequestScope:
                 with self.standing_on(threadlocal.__dict__):
                     calls.close()
 
+    def advance(self, iterator: AsyncIterator[Any]) -> Any:
+        """Return the next item of an async iterator, or `END`: after `close`, always. Called inside `run`."""
+        if self._context is None:
+            return END
+        return self.get_calls().advance(iterator)
+
+    def end_body(self, iterator: Any) -> None:
+        """Await `iterator.aclose()`, within a bound. Called inside `run`."""
+        try:
+            self.get_calls().end_body(iterator)
+        except Exception:
+            logger.exception("%s: its body %s could not be closed", self.owner, name_of(iterator))
+
     def call_soon_threadsafe(self, callback: Any, coroutine: Any) -> None:
-        """Hand asgiref's coroutine to the request's loop, and make the loop if this is the first one.
+        """Take asgiref's coroutine for a loop call, and run it. The first one makes the request's loop.
 
         Raises RuntimeError when there is no loop any more: asgiref then makes one of its own.
         """
-        calls = self.calls
-        if calls is None:
-            try:
-                calls = self._make_calls()
-            except NoLoop:
-                raise
-            except BaseException as exc:
-                # Not raised here: asgiref would take a RuntimeError for a closed loop.
-                answer(coroutine, exc)
-                return
         try:
-            calls.submit(coroutine)
-        except NoThread as exc:
-            answer(coroutine, exc)
+            calls = self.calls or self.get_calls()
+        except NoLoop:
+            raise
+        except BaseException as exc:
+            # Not raised here: asgiref would take a RuntimeError for a closed loop.
+            handed_over = take_apart(coroutine)
+            coroutine.close()
+            if asyncio.iscoroutine(handed_over.awaitable):
+                handed_over.awaitable.close()
+            handed_over.call_result.set_exception(exc)
+            return
+        calls.call(coroutine)
 
-    def _make_calls(self) -> RequestCalls:
+    def get_calls(self) -> RequestCalls:
+        if self.calls is not None:
+            return self.calls
         if self._context is None:
             raise NoLoop("The request is over")
         options = self.options
-        process_loop = get_process_loop(lambda: options) if options.scope == "process" else None
+        check_threads()
+        process_loop = get_process_loop(lambda: options, door) if options.scope == "process" else None
         with _making_loop:
             if self.calls is None:
                 # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
                 threadlocal.__dict__[SCOPE] = self
-                if process_loop is not None:
-                    self.calls = SharedLoop(self.owner, options, process_loop)
-                else:
-                    calls_class = OwnLoop if options.thread == "own" else ThreadlessCalls
-                    self.calls = calls_class(self.owner, options)
+                owner = self.owner
+                self.calls = RequestCalls(
+                    owner,
+                    options,
+                    process_loop or RequestLoop(options.loop_factory, options.shutdown_timeout, owner, door),
+                )
                 if self._context is None:
                     # Closed by another thread, which looked for a loop before there was one.
                     calls, self.calls = self.calls, None
@@ -240,8 +218,269 @@ class RequestScope:
             return self.calls
 
 
-def current_scope() -> RequestScope | None:
-    """The scope that this thread is in, if it is of this process, and not of the one that it was forked from."""
-    thread = threadlocal.__dict__
-    scope = thread.get(SCOPE, thread.get(LOOP))
-    return scope if isinstance(scope, RequestScope) and thread.get(LOOP_PID) == forks.pid else None
+class RequestCalls:
+    """The loop calls of one request, and its loop. Held by the request alone.
+
+    So when a request is dropped without `close()`, this is collected, and gives the loop back.
+    """
+
+    def __init__(self, owner: str, options: Options, running: RequestLoop | ProcessLoop) -> None:
+        self._running = running
+        self._closed = False
+        self._pid = forks.pid
+        self._executor = Executor(owner, options, None, running.interrupt)
+        #: The executor, while no call waits with it: of the outermost calls, one at a time.
+        self._free = [self._executor]
+        self._task = RequestTask(owner, running.new_task, running.finish)
+        #: What the context held in which the last outermost call was made, when the call had ended.
+        self._seen: contextvars.Context | None = None
+        self._closes_soon = False
+        if isinstance(running, RequestLoop):
+            # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
+            loop_executors[running.loop] = self._executor
+            if not running.can_run_by_hand:
+                running.promote()
+
+    @property
+    def owner(self) -> str:
+        return self._executor.owner
+
+    def call(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Run a loop call that asgiref hands over. When this returns, the call is over."""
+        if self._is_inherited():
+            raise NoLoop(f"{self.owner}: its event loop is the one of the process that was forked")
+        _call(coroutine, self._running, self)
+
+    def advance(self, iterator: AsyncIterator[Any]) -> Any:
+        """Return the next item of an async iterator, or `END`."""
+        if watching.watchers or self._is_inherited() or _get_running_loop() or sys.exc_info()[1]:
+            # As an unusual call, by way of asgiref.
+            return _advance_by_asgiref(iterator, lambda: self._running.loop)
+        try:
+            return self.wait(_advance(iterator), name_of(iterator), is_step=True).take_result()
+        except NoLoop:
+            return _advance_by_asgiref(iterator, lambda: self._running.loop)
+
+    def wait(
+        self,
+        coroutine: Any,
+        name: str,
+        task_context: list[Any] | None = None,
+        hand_on: list[contextvars.Context] | None = None,
+        is_step: bool = False,
+        is_end: bool = False,
+        timeout: float | None = None,
+    ) -> LoopCall:
+        """Run a coroutine as a loop call, and on this thread what that needs to run here.
+
+        task_context, is_step, is_end: as `LoopCall` has them. hand_on: where to put the caller's context. timeout:
+        seconds after which the call is waited for no longer. Raises NoLoop when the loop takes no more calls.
+        """
+        running = self._running
+        free = self._free
+        try:
+            executor = free.pop()
+        except IndexError:
+            # Nested, or another thread of the request waits.
+            executor = Executor(self.owner, self._executor.options, self._enclosing(), running.interrupt)
+        is_outermost = executor is self._executor
+        if executor.thread_id != get_ident():
+            executor.move_here()
+        token = executor.enter()
+        try:
+            caller = contextvars.copy_context()
+            if hand_on is not None:
+                hand_on[0] = caller
+            is_in_line = is_outermost and self._seen is not None and are_same(caller, self._seen)
+            call = LoopCall(coroutine, name, executor, caller, is_in_line, task_context, is_step, is_end)
+            task = self._task
+            if not is_end and running.take():
+                try:
+                    running.drive(call, task)
+                finally:
+                    running.release()
+            else:
+                running.hand_over(call, task)
+            if call.done() or executor.serve_until(call, timeout):
+                call.bring_back()
+                if is_outermost:
+                    self._seen = contextvars.copy_context()
+            return call
+        finally:
+            executor.leave(token)
+            if is_outermost:
+                free.append(executor)
+                if self._closes_soon:
+                    self._finish()
+            else:
+                executor.quit()
+
+    def _enclosing(self) -> Executor:
+        found = enclosing_executor()
+        return found if found is not None and found.bottom is self._executor else self._executor
+
+    def serve(self) -> None:
+        """Run what its tasks wait for on this thread."""
+        if self._is_inherited() or self._executor.jobs.empty():
+            return
+        try:
+            executor = self._free.pop()
+        except IndexError:
+            return  # somebody is at it
+        try:
+            executor.serve()
+        finally:
+            self._free.append(executor)
+
+    def end_body(self, iterator: Any) -> None:
+        """Close an async iterator, and meanwhile run on this thread what that needs to run here.
+
+        Waits for at most twice `SHUTDOWN_TIMEOUT`: after the first half it is cancelled, after the second given up.
+        """
+        running = self._running
+        # The generator itself may close its response: its thread can not wait for itself.
+        if self._is_inherited() or self._is_inside():
+            return
+        # A bound holds only where another thread runs what it bounds.
+        running.promote()
+        call = self.wait(
+            running.end_body(iterator, self.owner), name_of(iterator), is_end=True, timeout=2 * running.timeout
+        )
+        if not call.done() and isinstance(running, RequestLoop):
+            # Leaving the process loop will tell: it is not this request's to give up.
+            running.give_up()
+
+    def close(self) -> None:
+        """Leave the loop, and meanwhile run on this thread what its tasks need to run here."""
+        if self._closed:
+            # Of a cycle that was dropped, the collector may find this before the file that closes its response.
+            return
+        self._closed = True
+        if self._is_inherited():
+            return
+        if self._is_inside():
+            if self._running.is_promoted:
+                self._running.leave_soon(self._task)
+                self._executor.quit()
+            else:
+                # Its loop is run further up this stack.
+                self._closes_soon = True
+            return
+        self._finish()
+
+    def _finish(self) -> None:
+        self._closes_soon = False
+        try:
+            self._running.leave(self._task, self._executor)
+        finally:
+            self._executor.quit()
+
+    def _is_inside(self) -> bool:
+        """Tell if this thread is in the middle of what it would wait for."""
+        running = self._running
+        return running.thread_id == get_ident() or running.is_driven_here()
+
+    def _is_inherited(self) -> bool:
+        """Tell if this was made before a fork: what it stands for is the parent's."""
+        if self._pid == forks.pid:
+            return False
+        if self._running not in _inherited:
+            _inherited.append(self._running)
+        return True
+
+    def drop(self) -> bool:
+        """Give the loop back and wait for nothing. Returns whether there was one to give back."""
+        if getattr(self, "_closed", True) or self._is_inherited():
+            return False
+        self._closed = True
+        self._running.leave_soon(self._task)
+        self._executor.quit()
+        return True
+
+    def __del__(self) -> None:
+        if self.drop():
+            message = f"{self.owner}: its response was dropped without close()"
+            warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+async def _advance(iterator: AsyncIterator[Any]) -> Any:
+    # Not anext(): with a default it crashes where `__anext__` raises before it has returned an awaitable.
+    try:
+        return await iterator.__anext__()
+    except StopAsyncIteration:
+        return END
+
+
+async def _advance_watched(iterator: AsyncIterator[Any], loop_of: Callable[[], Any]) -> Any:
+    if asyncio.get_running_loop() is not loop_of():
+        # asgiref's own one, where there is none of the request's any more: to go on would look like the body's end.
+        raise RuntimeError(f"The event loop of the body {name_of(iterator)} has ended before it was read to its end")
+    return await _advance(iterator)
+
+
+_advance_by_asgiref = async_to_sync(_advance_watched)
+watching.STEP = _advance_watched.__code__
+
+
+def door(running: RunningLoop, coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Take what asgiref hands to the loop itself: as its request's, or as what another thread calls on its own."""
+    calls = getattr(scope_here(), "calls", None)
+    if calls is not None and calls._running is running:
+        calls.call(coroutine)
+    else:
+        _call(coroutine, running, None)
+
+
+def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: RequestCalls | None) -> None:
+    """Run a loop call that asgiref hands over, and answer it. When this returns, the call is over."""
+    call_result, exc_info, task_context, context, awaitable = take_apart(coroutine)
+    # asgiref's own coroutine does what is needed for the others: it raises what its caller is handling, in the task.
+    is_plain = calls is not None and exc_info[1] is None and not watching.watchers
+    is_coroutine = asyncio.iscoroutine(awaitable)
+    name = name_of(awaitable)
+    try:
+        if calls is None:
+            call = _wait_on_other_thread(coroutine, name, context, running)
+        elif is_plain:
+            call = calls.wait(awaitable if is_coroutine else _await(awaitable), name, task_context)
+        else:
+            call = calls.wait(coroutine, name, hand_on=context)
+    except NoLoop:
+        raise
+    except BaseException as exc:
+        # Not raised here: asgiref would take a RuntimeError for a closed loop, and begin anew.
+        if not call_result.done():
+            call_result.set_exception(exc)
+        context[0] = _NOTHING
+        return
+    if is_plain:
+        # What the call has set in contextvars stands in the current context already.
+        context[0] = _NOTHING
+        coroutine.close()
+    if not call_result.done():
+        if call.exception is not None:
+            call_result.set_exception(call.exception)
+        else:
+            call_result.set_result(call.result)
+
+
+def _wait_on_other_thread(
+    coroutine: Coroutine[Any, Any, Any], name: str, hand_on: list[contextvars.Context], running: RunningLoop
+) -> LoopCall:
+    """Run a loop call of sync code that async code runs on a thread of an executor. It has a task of its own."""
+    outer = enclosing_executor()
+    executor = Executor(running.owner, outer and outer.options, outer, running.interrupt)
+    token = executor.enter()
+    try:
+        hand_on[0] = contextvars.copy_context()
+        call = LoopCall(coroutine, name, executor, hand_on[0])
+        running.hand_over(call)
+        executor.serve_until(call)
+        return call
+    finally:
+        executor.leave(token)
+        executor.quit()

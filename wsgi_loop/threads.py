@@ -1,12 +1,10 @@
-"""The threads that event loops run on: lent to a loop, and used again; and threads for sync code.
-
-Knows nothing of asyncio or Django.
-"""
+"""The threads that event loops run on, and threads for sync code. Knows nothing of asyncio or Django."""
 
 from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Callable
@@ -14,26 +12,15 @@ from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 from typing import Any
 
-from . import forks
-
-MAX_IDLE_THREADS = 8
 #: Python 3.12.0 and 3.12.1 start no thread when the end of the process has begun (CPython's issue 113964).
 STARTS_NONE_AT_EXIT = (3, 12) <= sys.version_info < (3, 12, 2)
 
-
-class NoThread(Exception):
-    """A loop thread can not be started.
-
-    Not a RuntimeError: asgiref takes one for a closed loop, and goes on with a loop of its own.
-    """
-
-
-class UnsupportedThreads(NoThread):
-    """Threads are greenlets here, so a loop in a "thread" would be seen as running by all of them."""
+_numbers = itertools.count(1)
 
 
 def check_threads() -> None:
-    """Raise `UnsupportedThreads` where gevent or eventlet have patched `threading`."""
+    """Raise RuntimeError where gevent or eventlet have patched `threading`: an event loop in a greenlet would be seen
+    as running by all of them."""
     gevent = sys.modules.get("gevent.monkey")
     eventlet = sys.modules.get("eventlet.patcher")
     for name, patched in (
@@ -41,69 +28,22 @@ def check_threads() -> None:
         ("eventlet", eventlet is not None and eventlet.is_monkey_patched("thread")),
     ):
         if patched:
-            raise UnsupportedThreads(
+            raise RuntimeError(
                 f"wsgi-loop needs real threads, and {name} has replaced them in this process: an event loop in one "
                 "greenlet would look like a running loop to all others. Use gunicorn's sync or gthread workers "
                 f"(--worker-class gthread) in place of the {name} worker."
             )
 
 
-class LoopThreads:
-    """Lends threads to event loops, and keeps at most `MAX_IDLE_THREADS` that have nothing to do.
-
-    A thread that is certain to be free in a moment may be given back early: what is submitted then waits for it in
-    the queue, rather than starting one more.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every thread: a forked child has none of its parent's."""
-        self._lock = threading.Lock()
-        self._jobs: SimpleQueue[Callable[[], bool]] = SimpleQueue()
-        self._free = 0
-        self.started = 0
-
-    def submit(self, job: Callable[[], bool]) -> None:
-        """Run `job` on a loop thread; the thread is used again if the job returns true."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-            else:
-                self._start_thread()
-            self._jobs.put(job)
-
-    def give_back(self) -> bool:
-        """Count the calling job's thread as free. False: there are enough, and the thread should end."""
-        with self._lock:
-            if self._free >= MAX_IDLE_THREADS:
-                return False
-            self._free += 1
-            return True
-
-    def take_back(self) -> None:
-        """The thread was given back too early: something else has to run what may be waiting for it."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-            else:
-                self._start_thread()
-
-    def _start_thread(self) -> None:
-        check_threads()
-        self.started += 1
-        thread = threading.Thread(target=self._work, args=(self._jobs,), name=f"wsgi-loop-{self.started}", daemon=True)
+def start_thread(work: Callable[[], None]) -> None:
+    """Start a loop thread. Raises RuntimeError if that can not be done."""
+    check_threads()
+    thread = threading.Thread(target=work, name=f"wsgi-loop-{next(_numbers)}", daemon=True)
+    try:
         # An empty context: from Python 3.14 on, a thread may inherit its starter's, here a request's.
-        try:
-            contextvars.Context().run(thread.start)
-        except RuntimeError as exc:
-            raise NoThread(f"A loop thread could not be started: {exc}") from exc
-
-    @staticmethod
-    def _work(jobs: SimpleQueue[Callable[[], bool]]) -> None:
-        while jobs.get()():
-            pass
+        contextvars.Context().run(thread.start)
+    except RuntimeError as exc:
+        raise RuntimeError(f"A loop thread could not be started: {exc}") from exc
 
 
 class SyncThread(Executor):
@@ -148,7 +88,3 @@ class SyncThread(Executor):
                     future.set_exception(exc)
             # While it waits for the next one, it is not to hold what this one held.
             del job, future, function
-
-
-threads = LoopThreads()
-forks.in_child(threads.reset)

@@ -21,8 +21,7 @@ from asgiref.sync import AsyncToSync
 
 from .. import forks
 from ..calls import name_of
-from ..loops import RunningLoop
-from .calls import ADVANCE
+from .executor import enclosing_executor
 from .storage import LOOP, SCOPE, threadlocal
 
 
@@ -63,7 +62,7 @@ class WatchedCall:
         with _watching:
             self.loop, self.thread, self.task = map(_number_of, (loop, thread, asyncio.current_task()))
         self.thread_name = thread.name
-        self.served = isinstance(getattr(loop.call_soon_threadsafe, "__self__", None), RunningLoop)
+        self.served = "call_soon_threadsafe" in loop.__dict__
 
     def leave(self, _: object = None) -> None:
         self.end = time.perf_counter()
@@ -81,12 +80,16 @@ class _WatchedContext:
         return self._context[index]
 
     def __setitem__(self, index: int, value: Any) -> None:
+        if (executor := enclosing_executor()) is not None:
+            _by_executor[executor] = self._call
         self._context[index] = value
 
 
 # Re-entrant, as a finalizer may make a loop call.
 _watching = threading.RLock()
 watchers: tuple[list[WatchedCall], ...] = ()
+#: The code of the coroutine that takes a step of an async body by way of asgiref. Its argument is `iterator`.
+STEP: CodeType | None = None
 _unwrapped: list[tuple[str, Any, Any]] = []
 _numbers = itertools.count(1)
 _numbered: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -97,7 +100,7 @@ _by_executor: weakref.WeakKeyDictionary[CurrentThreadExecutor, WatchedCall] = we
 _here = threading.local()
 #: Whose code is nobody's, and where that of a request begins.
 _FOREIGN = {"asgiref", "django", "wsgi_loop"} | sys.stdlib_module_names
-_ENTRIES = {("wsgi_loop.scope", name) for name in ("start", "finish", "run", "_enter")}
+_ENTRIES = {("wsgi_loop.scope", name) for name in ("start", "finish", "run")}
 
 
 @forks.in_child
@@ -175,7 +178,7 @@ def _unwrap() -> None:
 
 def _watch(called: AsyncToSync[Any, Any], awaitable: Any, frame: FrameType | None) -> WatchedCall:
     target: Any = called.awaitable
-    if getattr(awaitable, "cr_code", None) is ADVANCE:
+    if getattr(awaitable, "cr_code", None) is STEP:
         target = inspect.getcoroutinelocals(awaitable)["iterator"]
     while isinstance(target, functools.partial) or hasattr(target, "__wrapped__"):
         target = target.func if isinstance(target, functools.partial) else target.__wrapped__

@@ -1,0 +1,64 @@
+"""asyncio's own event loop, which asks nothing of the kernel before there is something to wait for.
+
+Knows asyncio alone. Most of what a loop costs is a selector, and two sockets by which other threads wake the loop up.
+Most requests end before their loop needs either. What is overridden here was read in Python 3.11 to 3.15.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from typing import Any
+
+
+class _NoSelector:
+    """Stands in for a loop's selector, until there is something to wait for."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+
+    def select(self, timeout: float | None) -> list[Any]:
+        if timeout is not None and timeout <= 0:
+            return []
+        selector = self._loop.make_selector()
+        # Another thread may have posted a callback just before there was a socket to wake the loop up by.
+        return selector.select(0 if self._loop._ready else timeout)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop.make_selector(), name)
+
+
+class EventLoop(asyncio.SelectorEventLoop):
+    """A loop that makes its selector and its sockets when it first waits."""
+
+    # asyncio's types do not have these.
+    _selector: Any
+    _ssock: Any = None
+    _csock: Any = None
+    _ready: Any
+
+    def __init__(self) -> None:
+        super().__init__(_NoSelector(self))  # type: ignore[arg-type]
+
+    def make_selector(self) -> selectors.BaseSelector:
+        self._selector = selectors.DefaultSelector()
+        super()._make_self_pipe()  # type: ignore[misc]
+        return self._selector  # type: ignore[no-any-return]
+
+    def _make_self_pipe(self) -> None:
+        """asyncio's `__init__` calls this. `make_selector` does the work."""
+
+    def _close_self_pipe(self) -> None:
+        if self._ssock is not None:
+            super()._close_self_pipe()  # type: ignore[misc]
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return a new event loop, of the kind that `asyncio.new_event_loop()` makes."""
+    # From Python 3.14 on policies are deprecated, and from 3.16 on there are none.
+    get_policy = getattr(asyncio.events, "_get_event_loop_policy", None) or asyncio.get_event_loop_policy
+    is_unix_default = type(get_policy()).__module__ == "asyncio.unix_events"
+    return EventLoop() if is_unix_default else asyncio.new_event_loop()
