@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import signal as signals
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +58,25 @@ def new_process_loop() -> Iterator[None]:
     process.shut_down()
     yield
     process.shut_down()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list of the threads that are started, by their names."""
+    names: list[str] = []
+    start, start_new_thread = threading.Thread.start, _thread.start_new_thread
+
+    def count_thread(thread: threading.Thread) -> None:
+        names.append(thread.name)
+        start(thread)
+
+    def count_new_thread(function: Any, *args: Any) -> int:
+        names.append(function.__qualname__)
+        return start_new_thread(function, *args)
+
+    monkeypatch.setattr(threading.Thread, "start", count_thread)
+    monkeypatch.setattr(_thread, "start_new_thread", count_new_thread)
+    return names
 
 
 @pytest.fixture

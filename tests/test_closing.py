@@ -18,7 +18,6 @@ from django.contrib.auth.models import User
 from django.core.signals import request_finished
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 
-import wsgi_loop.threads
 
 from .conftest import Connect
 from .support import Place, call_here, environ, eventually, here, in_thread, loop_threads, serve
@@ -238,11 +237,7 @@ def test_a_response_that_is_dropped_without_close_gives_its_loop_back(loops: Loo
         with pytest.warns(ResourceWarning, match="GET '/dropped': its response was dropped without close"):
             del response
         eventually(loops[0].is_closed)
-        # The loop thread can be used again.
-        eventually(lambda: wsgi_loop.threads.threads._free == len(loop_threads()))
-        started = wsgi_loop.threads.threads.started
         server.get()
-    assert wsgi_loop.threads.threads.started == started
 
 
 def test_a_response_without_a_loop_is_dropped_in_silence() -> None:
@@ -403,12 +398,12 @@ def test_a_left_over_task_that_blocks_its_loop_thread_does_not_hold_up_later_req
     release = threading.Event()
 
     async def blocking() -> None:
+        await asyncio.sleep(0.01)
         loops.append(asyncio.get_running_loop())
         release.wait(30)
 
     async def view(request: Any) -> HttpResponse:
-        asyncio.get_running_loop().call_later(0.01, lambda: tasks.append(asyncio.ensure_future(blocking())))
-        await asyncio.sleep(0)
+        tasks.append(asyncio.ensure_future(blocking()))
         return HttpResponse()
 
     tasks: list[Any] = []
@@ -458,10 +453,13 @@ def test_a_clean_loop_is_not_waited_for(loops: Loops) -> None:
         blocked.set()
         release.wait(30)
 
+    async def end_soon() -> None:
+        await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_soon(block)
+
     async def view(request: Any) -> HttpResponse:
-        loop = asyncio.get_running_loop()
-        loops.append(loop)
-        loop.call_later(0.01, block)
+        loops.append(asyncio.get_running_loop())
+        request.META["test.task"] = asyncio.ensure_future(end_soon())
         return HttpResponse()
 
     with serve(view, shutdown_timeout=30) as server:
@@ -544,21 +542,20 @@ def test_loop_calls_that_race_with_closing_are_all_answered() -> None:
     assert counts["answered"]
 
 
-def test_no_loop_thread_is_left_over_that_no_request_uses() -> None:
+def test_a_loop_thread_ends_with_its_request(new_process_loop: None) -> None:
     barrier = threading.Barrier(12)
 
-    def view(request: Any) -> HttpResponse:
-        call_here()
-        barrier.wait(30)
+    async def view(request: Any) -> HttpResponse:
+        await asyncio.gather(sync_to_async(barrier.wait)(30), asyncio.sleep(0))
         return HttpResponse()
 
-    with serve(view) as server:
+    with serve(view, scope="request") as server:
         threads = [threading.Thread(target=server.get) for _ in range(12)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-    eventually(lambda: len(loop_threads()) <= wsgi_loop.threads.MAX_IDLE_THREADS)
+    eventually(lambda: not loop_threads())
 
 
 def test_request_finished_is_sent_once_by_a_close_that_has_left_overs(receive: Connect) -> None:
@@ -599,14 +596,15 @@ def test_environ_of_the_request_is_not_changed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*dropped without close:ResourceWarning")
-def test_a_dropped_response_gives_its_thread_back_once() -> None:
-    def view(request: Any) -> FileResponse:
-        call_here()
+def test_a_dropped_response_ends_its_loop_thread(new_process_loop: None) -> None:
+    async def view(request: Any) -> FileResponse:
+        await asyncio.gather(sync_to_async(int)(), asyncio.sleep(0))
         return FileResponse(io.BytesIO(b"x"))
 
-    with serve(view) as server:
+    with serve(view, scope="request") as server:
         for _ in range(25):
             # Django's response and the file that closes it hold each other, so the collector closes it.
             server.open(**{"wsgi.file_wrapper": FileWrapper})
+            assert len(loop_threads()) == 1
             gc.collect()
-            eventually(lambda: wsgi_loop.threads.threads._free == len(loop_threads()))
+            eventually(lambda: not loop_threads())

@@ -15,7 +15,6 @@ from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import get_urlconf, set_urlconf
 from django.utils import timezone, translation
 
-import wsgi_loop.threads
 
 from .conftest import Connect
 from .support import call_here, eventually, in_thread, loop_threads, serve, stock
@@ -23,7 +22,7 @@ from .support import call_here, eventually, in_thread, loop_threads, serve, stoc
 variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable", default="unset")
 
 
-def test_a_thousand_sync_requests_make_no_loop_and_no_thread() -> None:
+def test_a_thousand_sync_requests_make_no_loop_and_no_thread(started: list[str]) -> None:
     made: list[Any] = []
 
     def factory() -> Any:
@@ -34,27 +33,24 @@ def test_a_thousand_sync_requests_make_no_loop_and_no_thread() -> None:
 
     with serve(lambda request: HttpResponse("sync"), loop_factory=factory) as server:
         made.clear()
-        threads, started = set(threading.enumerate()), wsgi_loop.threads.threads.started
         for _ in range(1000):
             server.get()
-        assert set(threading.enumerate()) <= threads
-    assert wsgi_loop.threads.threads.started == started
+    assert started == []
     assert made == []
 
 
-def test_a_thousand_requests_over_one_server_thread_start_no_thread_after_warm_up() -> None:
-    def view(request: Any) -> Any:
-        call_here()
-        return HttpResponse(call_here().thread)
+def test_a_thousand_requests_with_loop_calls_start_no_thread(started: list[str]) -> None:
+    async def view(request: Any) -> Any:
+        await sync_to_async(call_here)()
+        return HttpResponse()
 
     with serve(view) as server:
-        for _ in range(3):
-            server.get()
-        started = wsgi_loop.threads.threads.started
+        server.get()
+        # That of the process loop, in scope "process".
+        started.clear()
         for _ in range(1000):
             server.get()
-    assert wsgi_loop.threads.threads.started == started
-    assert len(loop_threads()) <= wsgi_loop.threads.MAX_IDLE_THREADS
+    assert started == []
 
 
 def test_a_variable_is_seen_throughout_its_request_and_by_no_other(receive: Connect) -> None:

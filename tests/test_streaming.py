@@ -327,7 +327,7 @@ def test_a_nested_call_of_the_body_that_is_the_first_of_its_request(receive: Con
             assert list(response) == []
         response.close()
     assert len(places) == 2 + is_read
-    assert len(set(places)) == 1
+    assert len({(place.loop, place.task) for place in places}) == 1
 
 
 def test_two_steps_on_other_threads_are_the_same_task() -> None:
@@ -348,7 +348,7 @@ def test_two_steps_on_other_threads_are_the_same_task() -> None:
         next(chunks)
         in_thread(response.close)
     assert len(places) == 3
-    assert len(set(places)) == 1
+    assert len({(place.loop, place.task) for place in places}) == 1
 
 
 @pytest.mark.django_db(transaction=True)
@@ -438,7 +438,7 @@ def test_nested_generators_end_in_the_requests_task_when_the_server_closes_early
         response.close()
     assert order.count("outer") == 1
     assert caplog.records == []
-    assert len(set(places)) == 1
+    assert len({(place.loop, place.task) for place in places}) == 1
 
 
 def test_an_iterator_that_has_aclose_is_closed_whether_it_was_read_or_not(receive: Connect) -> None:
@@ -1021,15 +1021,16 @@ def test_an_interrupt_while_a_step_is_handed_over(monkeypatch: pytest.MonkeyPatc
         chunks = iter(response)
         next(chunks)
         running = response._wsgi_loop_scope.calls._running
-        hand_over = running.hand_over
+        name = "hand_over" if running.is_promoted else "drive"
+        function = getattr(running, name)
 
-        def interrupted(make_call: Any) -> None:
-            running.hand_over = hand_over
+        def interrupted(*args: Any) -> None:
+            setattr(running, name, function)
             if moment == "after":
-                hand_over(make_call)
+                function(*args)
             raise KeyboardInterrupt
 
-        running.hand_over = interrupted
+        setattr(running, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(chunks)
         response.close()
@@ -1042,18 +1043,23 @@ def test_a_thread_that_is_interrupted_in_a_step_ends_the_body_before_request_fin
 ) -> None:
     order: list[str] = []
     places: list[Place] = []
-    interrupted: list[bool] = []
+    waits = threading.Event()
     main: Any = threading.main_thread().ident
+
+    def interrupt() -> None:
+        waits.wait(60)
+        # Again, as a signal that comes just before the thread begins to wait does not wake it.
+        while not interrupted.wait(0.1):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    interrupted = threading.Event()
 
     async def slow() -> AsyncIterator[bytes]:
         try:
             places.append(await here())
             yield b"x"
-            while True:
-                # Again, as a signal that comes just before the thread begins to wait does not wake it.
-                await asyncio.sleep(1 if interrupted else 0.05)
-                interrupted.append(True)
-                signal.pthread_kill(main, signal.SIGUSR1)
+            waits.set()
+            await asyncio.sleep(60)
         finally:
             await asyncio.sleep(0.01)
             places.append(await here())
@@ -1064,11 +1070,15 @@ def test_a_thread_that_is_interrupted_in_a_step_ends_the_body_before_request_fin
         response = server.open()
         chunks = iter(response)
         next(chunks)
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             next(chunks)
+        interrupted.set()
+        interrupter.join()
         response.close()
     assert order == ["finally", "request_finished"]
-    assert len(set(places)) == 1
+    assert len({(place.loop, place.task) for place in places}) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "slow made a chunk" in caplog.text
 

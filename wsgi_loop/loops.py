@@ -205,7 +205,10 @@ class RunningLoop:
         try:
             if not self.is_promoted:
                 self._settle()
-                if (self._calls and not self.depth) or self._others():
+                if self._stopped and not self.depth:
+                    # It was shut down by another thread's request, in this one's rounds.
+                    self._end()
+                elif (self._calls and not self.depth) or self._others():
                     self.promote()
         finally:
             self._is_held = False
@@ -726,7 +729,8 @@ class RunningLoop:
     def _begin_shut_down(self) -> None:
         if not self._closing:
             self._closing = True
-            self.new_task(self._shut_down(), _SHUT_DOWN, contextvars.Context())
+            # Not by hand: whoever runs the loop by hand waits for something else.
+            asyncio.Task(self._shut_down(), loop=self.loop, name=_SHUT_DOWN, context=contextvars.Context())
 
     async def _shut_down(self) -> None:
         """Close the loop within `timeout` seconds, step by step. What a task uses goes after the task."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import logging
 import sys
 import threading
@@ -256,9 +257,11 @@ class RequestCalls:
         if watching.watchers or self._is_inherited() or _get_running_loop() or sys.exc_info()[1]:
             # As an unusual call, by way of asgiref.
             return _advance_by_asgiref(iterator, lambda: self._running.loop)
+        step = _advance(iterator)
         try:
-            return self.wait(_advance(iterator), name_of(iterator), is_step=True).take_result()
+            return self.wait(step, name_of(iterator), is_step=True).take_result()
         except NoLoop:
+            step.close()
             return _advance_by_asgiref(iterator, lambda: self._running.loop)
 
     def wait(
@@ -306,6 +309,13 @@ class RequestCalls:
                 if is_outermost:
                     self._seen = contextvars.copy_context()
             return call
+        except NoLoop:
+            raise
+        except BaseException:
+            # Interrupted. A coroutine that nobody has begun would warn that it was never awaited.
+            if asyncio.iscoroutine(coroutine) and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()
+            raise
         finally:
             executor.leave(token)
             if is_outermost:
@@ -453,19 +463,18 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
         raise
     except BaseException as exc:
         # Not raised here: asgiref would take a RuntimeError for a closed loop, and begin anew.
-        if not call_result.done():
-            call_result.set_exception(exc)
-        context[0] = _NOTHING
-        return
+        failure, result = exc, None
+    else:
+        failure, result = call.exception, call.result
     if is_plain:
         # What the call has set in contextvars stands in the current context already.
         context[0] = _NOTHING
         coroutine.close()
     if not call_result.done():
-        if call.exception is not None:
-            call_result.set_exception(call.exception)
+        if failure is None:
+            call_result.set_result(result)
         else:
-            call_result.set_result(call.result)
+            call_result.set_exception(failure)
 
 
 def _wait_on_other_thread(

@@ -47,7 +47,6 @@ class Executor(CurrentThreadExecutor):
         self.owner = owner
         self.options = options
         self.outer = outer
-        self.bottom: Executor = self if outer is None else outer.bottom
         self.over = False
         self.jobs: SimpleQueue[Any] = SimpleQueue()
         self._wake = wake
@@ -67,6 +66,13 @@ class Executor(CurrentThreadExecutor):
     @staticmethod
     def leave(token: Any) -> None:
         _CURRENT.reset(token)
+
+    @property
+    def bottom(self) -> Executor:
+        executor = self
+        while executor.outer is not None:
+            executor = executor.outer
+        return executor
 
     @property
     def _old_executor(self) -> Any:
@@ -134,6 +140,7 @@ class Executor(CurrentThreadExecutor):
     def quit(self) -> None:
         """Run nothing from now on. What is waiting is passed on, or refused where there is nobody to pass it to."""
         self.over = True
+        self._storage = None  # a cycle
         while not self.jobs.empty():
             job = self.jobs.get()
             if job is None:
