@@ -309,7 +309,7 @@ def test_the_tag_selects_them(settings: Any) -> None:
 
 
 def test_all_are_in_the_reference() -> None:
-    source = "".join((ROOT / "wsgi_loop" / name).read_text() for name in ("checks.py", "panel.py"))
+    source = "".join((ROOT / "wsgi_loop" / "tools" / name).read_text() for name in ("checks.py", "panel.py"))
     page = (ROOT / "docs" / "checks.md").read_text()
     ids = set(re.findall(r'id="(wsgi_loop\.[EWI]\d{3})"', source))
     assert ids == set(re.findall(r"^## `(wsgi_loop\.[EWI]\d{3})`", page, re.MULTILINE))

@@ -33,7 +33,6 @@ def no_loop() -> str:
 WRONG = [
     ({"SCOOPE": "request"}, ["SCOOPE", "request", "SHUTDOWN_TIMEOUT"]),
     ({"SCOPE": "thread"}, ["SCOPE", "'thread'", "'request' or 'process'"]),
-    ({"THREAD": "other"}, ["THREAD", "'other'", "'own'"]),
     ({"LOOP_FACTORY": "no.such.factory"}, ["LOOP_FACTORY", "no.such.factory", "imported"]),
     ({"LOOP_FACTORY": "tests.test_conf.nothing"}, ["LOOP_FACTORY", "tests.test_conf.nothing", "imported"]),
     ({"LOOP_FACTORY": "tests.test_conf.no_loop"}, ["LOOP_FACTORY", "tests.test_conf.no_loop", "'not a loop'"]),
@@ -72,7 +71,7 @@ def test_a_wrong_setting_is_refused_at_start_up_and_by_the_system_check(
 
 
 def test_a_right_setting_passes_the_system_check(settings: Any) -> None:
-    settings.WSGI_LOOP = {"SCOPE": "request", "THREAD": "own", "LOOP_FACTORY": None, "SHUTDOWN_TIMEOUT": 0}
+    settings.WSGI_LOOP = {"SCOPE": "request", "LOOP_FACTORY": None, "SHUTDOWN_TIMEOUT": 0}
     assert [message for message in run_checks() if (message.id or "").startswith("wsgi_loop.")] == []
 
 

@@ -52,7 +52,7 @@ def test_its_calls_share_one_loop_one_thread_and_one_task(run: Any, scope: str) 
 
     places = run(scope, work)
     assert len(set(places)) == 1
-    assert places[0].thread != threading.get_ident()
+    assert (places[0].thread == threading.get_ident()) == (scope == "request")
     # What it is for: without it, each call has its own.
     assert len({call_here().loop for _ in range(3)}) == 3
 
@@ -100,8 +100,8 @@ def test_the_loop_of_scope_request_is_closed_at_the_end(error: type[BaseExceptio
     else:
         with pytest.raises(error):
             block()
-    eventually(places[0].loop.is_closed, 30)
-    assert threading.get_ident() != places[0].thread
+    assert places[0].loop.is_closed()
+    assert threading.get_ident() == places[0].thread
 
 
 def test_the_process_loop_stays_and_each_block_has_a_task_of_its_own() -> None:

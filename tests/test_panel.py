@@ -101,7 +101,7 @@ def test_each_loop_call_with_its_place(receive: Any) -> None:
     assert "3 calls on 1 loop so far" in text_of(page)
     for words in ("4 loop calls", "1 event loop", "1 loop thread", "0 left-over tasks", "ms waited on the loop"):
         assert words in text
-    assert len(re.findall(r"here tests/test_panel\.py:\d+ in three_calls wsgi-loop-\d+, task 1", text)) == 3
+    assert len(re.findall(r"here tests/test_panel\.py:\d+ in three_calls MainThread, task 1", text)) == 3
     assert "asend" in text
     assert markup.count("<circle") == 4
     assert markup.count("<line") == 1
@@ -249,7 +249,7 @@ def test_it_costs_nothing_where_it_is_not_used() -> None:
         "import sys, django; django.setup()\n"
         "from django.core.management import call_command; call_command('check')\n"
         "import wsgi_loop.wsgi\n"
-        "assert not {'debug_toolbar', 'wsgi_loop.panel', 'wsgi_loop.report'} & set(sys.modules)"
+        "assert not {'debug_toolbar', 'wsgi_loop.tools.panel', 'wsgi_loop.tools.report'} & set(sys.modules)"
     )
     environment = os.environ | {"DJANGO_SETTINGS_MODULE": "tests.settings", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

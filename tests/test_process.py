@@ -819,15 +819,15 @@ def test_a_lifespan_that_blocks_does_not_keep_a_process_from_ending() -> None:
     assert (done.returncode, done.stdout) == (0, "The process loop was given up before it was ready\n"), done.stderr
 
 
-def test_the_loop_thread_of_an_ended_process_loop_is_used_again() -> None:
+def test_the_loop_thread_of_an_ended_process_loop_ends_with_it() -> None:
     def call() -> int:
         with EventLoopContext(scope="process"):
             return call_here().thread
 
     before = call()
+    assert [thread.ident for thread in loop_threads()] == [before]
     process.shut_down()
-    eventually(lambda: any(thread.ident == before for thread in loop_threads()))
-    assert call() in {thread.ident for thread in loop_threads()}
+    eventually(lambda: not loop_threads())
 
 
 def test_a_closed_process_loop_is_not_what_a_new_thread_finds() -> None:

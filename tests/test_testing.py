@@ -37,7 +37,7 @@ from .support import Place, call_here, call_here_nested, eventually, here, in_th
 
 ROOT = Path(__file__).parents[1]
 #: Given to the runs of pytest, unless the environment's wsgi-loop has it for an entry point.
-PLUGIN = () if entry_points(group="pytest11", name="wsgi_loop") else ("-p", "wsgi_loop.pytest_plugin")
+PLUGIN = () if entry_points(group="pytest11", name="wsgi_loop") else ("-p", "wsgi_loop.tools.pytest_plugin")
 
 variable: ContextVar[str] = ContextVar("variable")
 
@@ -94,7 +94,7 @@ def test_what_a_record_says(receive: Connect) -> None:
     assert [call.depth for call in calls] == [0, 0, 0, 1, 0]
     assert {(call.loop_id, call.thread_id, call.request_id, call.path) for call in calls} == {(1, 1, 1, "/shop/café")}
     assert [call.task_id for call in calls] == [1, 1, 1, 2, 1]
-    assert all(call.served and call.thread_name.startswith("wsgi-loop") for call in calls)
+    assert all(call.served and call.thread_name == threading.current_thread().name for call in calls)
     # The server that closes the response is nobody's place either.
     assert all(signal.location.startswith("django/dispatch/dispatcher.py:") for signal in (started, finished))
     assert first.location.startswith("tests/support.py:")
@@ -596,7 +596,8 @@ def async_view(loops: list[asyncio.AbstractEventLoop], ended: list[str]) -> Call
                     assert await here() == first
                     yield str(number).encode()
             finally:
-                assert await here() == first
+                place = await here()
+                assert (place.loop, place.task) == (first.loop, first.task)
                 ended.append("body")
 
         return StreamingHttpResponse(body())
@@ -892,7 +893,7 @@ def test_the_plugin_imports_django_only_when_a_fixture_is_used(tmp_path: Path) -
 import sys
 
 def test_nothing():
-    assert "wsgi_loop.pytest_plugin" in sys.modules
+    assert "wsgi_loop.tools.pytest_plugin" in sys.modules
     assert not [name for name in sys.modules if name.partition(".")[0] in ("django", "asgiref")]
 """)
     assert "1 passed" in run_pytest(tmp_path, "-p", "no:django", "-o", "wsgi_loop_serve=true")

@@ -8,4 +8,4 @@ class WSGILoopConfig(AppConfig):
     verbose_name = "wsgi-loop"
 
     def ready(self) -> None:
-        from . import checks  # noqa: F401 - they register themselves
+        from .tools import checks  # noqa: F401 - they register themselves

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -31,6 +32,16 @@ class NoLoop(RuntimeError):
 def name_of(found: Any) -> str:
     """What to call a coroutine, a generator or another object in logs."""
     return getattr(found, "__qualname__", None) or type(found).__qualname__
+
+
+def close_unbegun(awaitable: Any) -> None:
+    """Close a coroutine that nobody will begin any more, so that it does not warn that it was never awaited.
+
+    Another awaitable is left alone: its `close()` may be anything, such as that of a connection.
+    """
+    if asyncio.iscoroutine(awaitable) and getattr(awaitable, "cr_frame", None) is not None:
+        if inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED:
+            awaitable.close()
 
 
 def are_same(a: contextvars.Context, b: contextvars.Context) -> bool:
@@ -175,9 +186,7 @@ class LoopCall:
             self.exception = exception
         elif self.result is _UNSET and self.exception is None:
             self.exception = asyncio.CancelledError("This call or its event loop was ended before it had an answer")
-        if asyncio.iscoroutine(self.coroutine) and exception is None:
-            # It may not have been started: its task was cancelled before its first step, or there never was one.
-            self.coroutine.close()
+        close_unbegun(self.coroutine)
         self.coroutine = None
         self._is_done = True
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import inspect
 import logging
 import sys
 import threading
@@ -28,7 +27,7 @@ from . import forks
 from .bridge import watching
 from .bridge.executor import Executor, enclosing_executor, loop_executors
 from .bridge.storage import LOOP, LOOP_PID, SCOPE, enter_here, is_taken, scope_here, take_apart, threadlocal
-from .calls import END, LoopCall, NoLoop, RequestTask, are_same, name_of
+from .calls import END, LoopCall, NoLoop, RequestTask, are_same, close_unbegun, name_of
 from .conf import Options
 from .loops import RequestLoop, RunningLoop
 from .process import get_process_loop
@@ -187,8 +186,7 @@ class RequestScope:
             # Not raised here: asgiref would take a RuntimeError for a closed loop.
             handed_over = take_apart(coroutine)
             coroutine.close()
-            if asyncio.iscoroutine(handed_over.awaitable):
-                handed_over.awaitable.close()
+            close_unbegun(handed_over.awaitable)
             handed_over.call_result.set_exception(exc)
             return
         calls.call(coroutine)
@@ -312,9 +310,8 @@ class RequestCalls:
         except NoLoop:
             raise
         except BaseException:
-            # Interrupted. A coroutine that nobody has begun would warn that it was never awaited.
-            if asyncio.iscoroutine(coroutine) and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
-                coroutine.close()
+            # Interrupted, perhaps before the call was begun.
+            close_unbegun(coroutine)
             raise
         finally:
             executor.leave(token)
@@ -474,6 +471,7 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
         if failure is None:
             call_result.set_result(result)
         else:
+            close_unbegun(awaitable)
             call_result.set_exception(failure)
 
 

@@ -21,7 +21,7 @@ from django.utils.module_loading import import_string
 
 import wsgi_loop
 from wsgi_loop.conf import get_options
-from wsgi_loop.report import Comparison, Request, Side
+from wsgi_loop.tools.report import Comparison, Request, Side
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 REPEAT = 20

@@ -26,9 +26,9 @@ from django.core.wsgi import get_wsgi_application as get_stock_application
 from django.utils.module_loading import import_string
 from django.utils.version import get_version_tuple
 
-from .conf import get_options
-from .handler import WSGIHandler, get_wsgi_application
-from .threads import check_threads
+from ..conf import get_options
+from ..handler import WSGIHandler, get_wsgi_application
+from ..threads import check_threads
 
 LOWEST_ASGIREF = (3, 12, 1)
 OURS = "wsgi_loop.wsgi.application"

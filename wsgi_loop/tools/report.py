@@ -22,14 +22,14 @@ from django.core.handlers import wsgi
 from django.db import connections
 from django.http.response import HttpResponseBase
 
-from .bridge import watching
-from .bridge.watching import WatchedCall, watch_calls
-from .calls import name_of
-from .handler import WSGIHandler
-from .resources import is_kept
-from .responses import call_after_close
-from .scope import current_scope
-from .threads import SyncThread
+from ..bridge import watching
+from ..bridge.storage import scope_here
+from ..bridge.watching import WatchedCall, watch_calls
+from ..calls import name_of
+from ..handler import WSGIHandler
+from ..resources import is_kept
+from ..responses import call_after_close
+from ..threads import SyncThread
 
 #: Timed requests are many, and what they log was logged by the counted ones.
 LOGGERS = ("django.request", "wsgi_loop", "asyncio")
@@ -169,7 +169,7 @@ def _count(handler: Any, request: Request, side: Side) -> None:
         def look() -> None:
             nonlocal found
             found = own_calls(watched, environ)
-            if current_scope() is not None and any(call.loop is not None for call in found):
+            if scope_here() is not None and any(call.loop is not None for call in found):
                 side.left_over += own_left_over_tasks()
 
         side.status = _serve(handler, environ, look)
@@ -216,16 +216,14 @@ def _serve(handler: Any, environ: dict[str, Any], after_close: Callable[[], obje
     return told
 
 
-class _WatchingPolicy(asyncio.DefaultEventLoopPolicy):
-    """Makes loops as another policy does, which tell what tasks are left when `asyncio.run`'s own is done."""
+@contextlib.contextmanager
+def _watched_ends() -> Iterator[list[list[str]]]:
+    """Give a list to which the left-over tasks of each loop that `asyncio.run` makes are added."""
+    ends: list[list[str]] = []
+    new_event_loop = asyncio.events.new_event_loop
 
-    def __init__(self, policy: Any, ends: list[list[str]]) -> None:
-        super().__init__()
-        self._policy = policy
-        self._ends = ends
-
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        loop: Any = self._policy.new_event_loop()
+    def new_watched_loop() -> asyncio.AbstractEventLoop:
+        loop: Any = new_event_loop()
         run = loop.run_until_complete
 
         def run_until_complete(future: Any) -> Any:
@@ -234,22 +232,17 @@ class _WatchingPolicy(asyncio.DefaultEventLoopPolicy):
             try:
                 return run(future)
             finally:
-                self._ends.append(left_over_tasks(loop))
+                ends.append(left_over_tasks(loop))
 
         loop.run_until_complete = run_until_complete
         return loop  # type: ignore[no-any-return]
 
-
-@contextlib.contextmanager
-def _watched_ends() -> Iterator[list[list[str]]]:
-    """Give a list to which the left-over tasks of each loop that `asyncio.run` made are added."""
-    ends: list[list[str]] = []
-    policy = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_WatchingPolicy(policy, ends))
+    # There asyncio.run looks for it.
+    asyncio.events.new_event_loop = new_watched_loop
     try:
         yield ends
     finally:
-        asyncio.set_event_loop_policy(policy)
+        asyncio.events.new_event_loop = new_event_loop
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from .bridge.watching import WatchedCall, watch_calls
+from ..bridge.watching import WatchedCall, watch_calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""For tests: Django's test client and live server, serving each request as in production, and a recorder of loop calls.
+
+Knows Django's test client and live server. What is not said here is as Django has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import Any, TypeVar
+
+from django.contrib.staticfiles import testing as staticfiles_testing
+from django.core.cache import caches
+from django.core.handlers.wsgi import WSGIRequest
+from django.core.signals import request_finished, request_started
+from django.db import close_old_connections
+from django.dispatch import Signal
+from django.http import HttpRequest
+from django.test import client, testcases
+
+from ..calls import END
+from ..conf import Options, get_options
+from ..handler import HTTPScope, WSGIHandler, _kept_connections, _prepare_thread
+from .recording import LoopCallRecord, LoopCalls, record_loop_calls
+from ..responses import ScopedIterator, serve_in
+
+__all__ = [
+    "Client",
+    "ClientHandler",
+    "ClientHandlerMixin",
+    "ClientMixin",
+    "LiveServerTestCase",
+    "LiveServerThread",
+    "LoopCallRecord",
+    "LoopCalls",
+    "StaticLiveServerTestCase",
+    "record_loop_calls",
+    "serve_client",
+]
+
+C = TypeVar("C", bound=client.Client)
+
+
+@contextlib.contextmanager
+def _connections_stay_open(signal: Signal) -> Iterator[None]:
+    """The request runs in the test's own connection, and in its transaction."""
+    connected = signal.disconnect(close_old_connections)
+    try:
+        yield
+    finally:
+        if connected:
+            signal.connect(close_old_connections)
+
+
+class _ClientScope(HTTPScope):
+    """Closes the response when its async body has been read, as no server does it here."""
+
+    #: Weak: a test that reads no body and closes nothing is to free it, and the loop, by letting go of it.
+    response: weakref.ref[Any]
+    calls = None
+
+    def advance(self, iterator: AsyncIterator[Any]) -> Any:
+        try:
+            chunk = super().advance(iterator)
+        except BaseException:
+            self.close_response()
+            raise
+        if chunk is END:
+            self.close_response()
+        return chunk
+
+    def close_response(self) -> None:
+        response = self.response()
+        if response is not None and not response.closed:
+            with _connections_stay_open(request_finished):
+                response.close()
+
+    def __del__(self) -> None:
+        # Django's test client never closes a response whose body was not read, and tells nobody: nor is this told.
+        if self.calls is not None:
+            self.calls.drop()
+
+
+def _closing(steps: Iterator[Any], scope: _ClientScope) -> Generator[Any, None, None]:
+    try:
+        yield from steps
+    finally:
+        scope.close_response()
+
+
+class ClientHandlerMixin:
+    """Makes the handler of a test client serve each request in a scope of its own, as `wsgi_loop.WSGIHandler` does.
+
+    It takes the place of Django's `ClientHandler.__call__`. The `WSGI_LOOP` setting is read at the first request.
+    """
+
+    _options: Options | None = None
+
+    def __call__(self: Any, environ: dict[str, Any]) -> Any:
+        if self._middleware_chain is None:
+            self.load_middleware()
+        if self._options is None:
+            self._options = get_options()
+        if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
+            _prepare_thread()
+        scope = _ClientScope()
+        scope.options = self._options
+        scope.subject = environ
+        try:
+            response = scope.start(ClientHandlerMixin._respond, self, environ, scope)
+        except BaseException:
+            scope.close()
+            raise
+        if not response.streaming:
+            scope.close_response()
+        return response
+
+    def _respond(self: Any, environ: dict[str, Any], scope: _ClientScope) -> Any:
+        with _connections_stay_open(request_started):
+            request_started.send(sender=self.__class__, environ=environ)
+        request: HttpRequest = WSGIRequest(environ)
+        # What CsrfViewMiddleware looks at.
+        request._dont_enforce_csrf_checks = not self.enforce_csrf_checks  # type: ignore[attr-defined]
+        response = self.get_response(request)
+        client.conditional_content_removal(request, response)
+        response.wsgi_request = request
+        response = serve_in(response, scope)
+        scope.response = weakref.ref(response)
+        if response.streaming and not response.is_async:
+            # Tests read its streaming_content, where a server iterates over the response.
+            response._iterator = _closing(ScopedIterator(scope, response._iterator), scope)
+        return response
+
+
+class ClientHandler(ClientHandlerMixin, client.ClientHandler):
+    """Django's `ClientHandler`, serving each request on one event loop."""
+
+
+@functools.cache
+def _on_one_loop(handler_class: Any) -> Any:
+    return type(handler_class.__name__, (ClientHandlerMixin, handler_class), {"__module__": handler_class.__module__})
+
+
+def serve_client(client: C) -> C:
+    """Make this very client serve its requests on one event loop each, from now on. Returns the client."""
+    handler: Any = client.handler
+    if not isinstance(handler, ClientHandlerMixin):
+        handler.__class__ = _on_one_loop(type(handler))  # type: ignore[arg-type]
+    return client
+
+
+class ClientMixin:
+    """Makes a test client serve its requests on one event loop each: `class Client(ClientMixin, APIClient): ...`"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        serve_client(self)  # type: ignore[type-var]
+
+
+class Client(ClientMixin, client.Client):
+    """Django's test client, serving each request on one event loop. For a test case: `client_class = Client`."""
+
+
+class LiveServerThread(testcases.LiveServerThread):
+    """Django's live server, with `wsgi_loop.WSGIHandler`."""
+
+    def __init__(self, host: str, static_handler: Any, *args: Any, **kwargs: Any) -> None:
+        def serve_ours(media_handler: Any) -> Any:
+            # Django builds its own WSGIHandler by name; and without a MEDIA_URL, its handler of media serves all paths.
+            media_handler.application = handler = WSGIHandler()
+            return static_handler(handler if media_handler.base_url.path == "/" else media_handler)
+
+        super().__init__(host, serve_ours, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class LiveServerTestCase(testcases.LiveServerTestCase):
+    """Django's, with `LiveServerThread` and `Client`."""
+
+    server_thread_class = LiveServerThread
+    client_class = Client
+
+
+class StaticLiveServerTestCase(staticfiles_testing.StaticLiveServerTestCase):
+    """Django's, which serves static files without `collectstatic`, with `LiveServerThread` and `Client`."""
+
+    server_thread_class = LiveServerThread
+    client_class = Client
