@@ -16,7 +16,7 @@ from threading import get_ident
 from typing import Any
 
 from .bridge.executor import Executor
-from .bridge.storage import is_same_value, move_here, rehomed
+from .bridge.storage import Storage, is_same_value, move_here, rehomed
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -49,44 +49,6 @@ def are_same(a: contextvars.Context, b: contextvars.Context) -> bool:
     return len(a) == len(b) and all(map(is_, a, b)) and all(map(is_, a.values(), b.values()))
 
 
-class CallsContext:
-    """The context in which a request's loop calls run, one after another.
-
-    It stays the same one from call to call, so that a token made in one can be used in a later one. Before a call it is
-    brought in line with the caller's: what the caller has unset since then is unset here too.
-    """
-
-    __slots__ = ("_tokens", "context")
-
-    def __init__(self) -> None:
-        self.context = contextvars.Context()
-        self._tokens: dict[contextvars.ContextVar[Any], contextvars.Token[Any]] = {}
-
-    def follow(self, caller: contextvars.Context) -> None:
-        """Make `context` the one to run a call in that `caller` makes, on this thread."""
-        if not self.context.run(self._align, caller):
-            # Async code set a variable that its caller has dropped, and only its own token could unset it.
-            self.context = caller.copy()
-            self._tokens = {}
-            move_here(self.context)
-
-    def _align(self, caller: contextvars.Context) -> bool:
-        thread_id = get_ident()
-        for var in contextvars.copy_context():
-            if var not in caller:
-                token = self._tokens.pop(var, None)
-                if token is None:
-                    return False
-                var.reset(token)
-        for var, value in caller.items():
-            held = var.get(_UNSET)
-            if held is not value:
-                token = var.set(rehomed(value, thread_id))
-                if held is _UNSET:
-                    self._tokens[var] = token
-        return True
-
-
 @types.coroutine
 def run_in_context(context: contextvars.Context, coroutine: Any) -> Generator[Any, Any, Any]:
     """Await `coroutine` in the current task, but in `context`."""
@@ -109,33 +71,25 @@ def run_in_context(context: contextvars.Context, coroutine: Any) -> Generator[An
 class LoopCall:
     """One coroutine for a loop, and what became of it.
 
-    executor: what its caller waits with. caller: the context of the latter. is_in_line: that context holds what it held
-    when the request's last call had ended. task_context: where to tell of a task of the call's own.
+    named: what it is called after in logs. executor: what its caller waits with. caller: the context of the latter.
+    is_in_line: that context holds what it held when the request's last call had ended. task_context: where to tell of a
+    task of the call's own.
 
     A step of an async body leaves a request for a cancellation to the next step. The end of a body is not cut short by
     one that came for a step.
     """
 
-    __slots__ = (
-        "_is_done",
-        "before",
-        "caller",
-        "context",
-        "coroutine",
-        "exception",
-        "executor",
-        "is_end",
-        "is_in_line",
-        "is_step",
-        "name",
-        "result",
-        "task_context",
-    )
+    # The context that it runs in, and a copy of that, taken before it was begun.
+    context: contextvars.Context | None = None
+    before: contextvars.Context | None = None
+    result: Any = _UNSET
+    exception: BaseException | None = None
+    is_done = False
 
     def __init__(
         self,
         coroutine: Any,
-        name: str,
+        named: Any,
         executor: Executor,
         caller: contextvars.Context,
         is_in_line: bool = False,
@@ -144,26 +98,20 @@ class LoopCall:
         is_end: bool = False,
     ) -> None:
         self.coroutine = coroutine
-        self.name = name
+        self._named = named
         self.executor = executor
         self.caller = caller
         self.is_in_line = is_in_line
         self.task_context = task_context
         self.is_step = is_step
         self.is_end = is_end
-        self.result: Any = _UNSET
-        self.exception: BaseException | None = None
-        #: The one that it runs in, and a copy of that, taken before it was begun.
-        self.context: contextvars.Context | None = None
-        self.before: contextvars.Context | None = None
-        self._is_done = False
+
+    @property
+    def name(self) -> str:
+        return name_of(self._named)
 
     def done(self) -> bool:
-        return self._is_done
-
-    def begin_in(self, context: contextvars.Context) -> None:
-        self.context = context
-        self.before = context.copy()
+        return self.is_done
 
     async def run(self) -> None:
         """Run it in a task of its own."""
@@ -184,11 +132,13 @@ class LoopCall:
         """Called once, when it has ended, or nobody knows if it ever will."""
         if exception is not None:
             self.exception = exception
-        elif self.result is _UNSET and self.exception is None:
-            self.exception = asyncio.CancelledError("This call or its event loop was ended before it had an answer")
-        close_unbegun(self.coroutine)
-        self.coroutine = None
-        self._is_done = True
+        if self.result is _UNSET:
+            # It may not have been begun: its task was cancelled before its first step, or there never was one.
+            close_unbegun(self.coroutine)
+            if self.exception is None:
+                self.exception = asyncio.CancelledError("This call or its event loop was ended before it had an answer")
+        self.coroutine = self._named = None
+        self.is_done = True
 
     def take_result(self) -> Any:
         exc, self.exception = self.exception, None
@@ -203,7 +153,7 @@ class LoopCall:
     def bring_back(self) -> None:
         """Set in the current context what the call has set in its own."""
         before, after = self.before, self.context
-        if before is None or after is None or are_same(before, after):
+        if before is None or after is None:
             return
         thread_id = get_ident()
         for var, value in after.items():
@@ -214,8 +164,20 @@ class LoopCall:
 class RequestTask:
     """The one task in which the loop calls of a request run, one after another. Used by whoever runs the loop.
 
+    They run in one context, so that a token made in one can be used in a later one. Before each call the context is
+    brought in line with the caller's: what the caller has unset since then is unset there too.
+
     new_task: makes a task of a coroutine, a name and a context. finish: told of each call that has ended.
     """
+
+    task: asyncio.Task[None] | None = None
+    #: What the task runs.
+    call: LoopCall | None = None
+    _next_call: asyncio.Future[None] | None = None
+    #: The end of the body of which `call` is a step.
+    _end: LoopCall | None = None
+    _ending = False
+    _watched: asyncio.Task[None] | None = None
 
     def __init__(
         self,
@@ -224,19 +186,12 @@ class RequestTask:
         finish: Callable[[LoopCall], object],
     ) -> None:
         self.owner = owner
-        self.task: asyncio.Task[None] | None = None
-        self.context = CallsContext()
-        #: What the task runs.
-        self.call: LoopCall | None = None
-        #: Calls that are nested, or of another thread, by their tasks.
-        self.others: dict[asyncio.Task[Any], LoopCall] = {}
         self._new_task = new_task
         self._finish = finish
-        self._next_call: asyncio.Future[None] | None = None
-        #: The end of the body of which `call` is a step.
-        self._end: LoopCall | None = None
-        self._ending = False
-        self._watched: asyncio.Task[None] | None = None
+        self.context = contextvars.Context()
+        self._tokens: dict[contextvars.ContextVar[Any], contextvars.Token[Any]] = {}
+        #: Calls that are nested, or of another thread, by their tasks.
+        self.others: dict[asyncio.Task[Any], LoopCall] = {}
 
     def take(self, call: LoopCall) -> bool:
         """Run `call`. False: another call is running, which waits for this one; or the request is over."""
@@ -253,9 +208,32 @@ class RequestTask:
 
     def _begin(self, call: LoopCall) -> None:
         self.call = call
-        if not call.is_in_line:
-            self.context.follow(call.caller)
-        call.begin_in(self.context.context)
+        if not call.is_in_line and not self.context.run(self._align, call.caller):
+            # Async code set a variable that its caller has dropped, and only its own token could unset it.
+            self.context = call.caller.copy()
+            self._tokens = {}
+            move_here(self.context)
+        call.context = self.context
+        call.before = self.context.copy()
+
+    def _align(self, caller: contextvars.Context) -> bool:
+        """Make the current context hold what `caller` holds, on this thread. False: that can not be done."""
+        for var in contextvars.copy_context():
+            if var not in caller:
+                token = self._tokens.pop(var, None)
+                if token is None:
+                    return False
+                var.reset(token)
+        thread_id = get_ident()
+        for var, value in caller.items():
+            held = var.get(_UNSET)
+            if held is not value:
+                if type(value) is Storage and value.thread_id != thread_id:
+                    value = rehomed(value, thread_id)
+                token = var.set(value)
+                if held is _UNSET:
+                    self._tokens[var] = token
+        return True
 
     def _cut_off(self, end: LoopCall) -> bool:
         """Cancel the step that is running. Its thread was interrupted, or the server has another one close the body."""
@@ -294,6 +272,15 @@ class RequestTask:
         if self.call is None and self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
 
+    def drop(self) -> None:
+        """Let go of the task, which waits for a call that will never come. Its next step is not taken any more."""
+        self._ending = True
+        # It holds this, and what it waits for.
+        task, self.task = self.task, None
+        if task is not None and self._next_call is not None:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            self._next_call.cancel()
+
     async def _serve(self) -> None:
         """Run one loop call after another.
 
@@ -308,7 +295,8 @@ class RequestTask:
         # How many requests for cancellation the last step of a body has left.
         carried = 0
         while not self._ending or self.call is not None:
-            if self.call is None:
+            call = self.call
+            if call is None:
                 self._next_call = task.get_loop().create_future()
                 try:
                     await self._next_call
@@ -317,29 +305,29 @@ class RequestTask:
                     if task.cancelling():
                         undelivered = exc
                 continue
-            if carried and not self.call.is_step and not self.call.is_end:
+            if carried and not call.is_step and not call.is_end:
                 for _ in range(carried):
                     task.uncancel()
             if undelivered is not None:
-                if not self.call.is_end:
+                if not call.is_end:
                     # Counted already when it came.
                     task.uncancel()
                     task.cancel(*undelivered.args)
                 undelivered = None
             try:
-                self.call.result = await run_in_context(self.call.context, self.call.coroutine)  # type: ignore[arg-type]
+                call.result = await run_in_context(self.context, call.coroutine)
             except GeneratorExit:
                 raise
             except BaseException as exc:
-                self.call.exception = exc
+                call.exception = exc
             finally:
-                if self.call.is_step:
-                    carried = task.cancelling()
-                else:
-                    carried = 0
-                    while task.cancelling():
+                carried = task.cancelling()
+                if carried and not call.is_step:
+                    for _ in range(carried):
                         task.uncancel()
+                    carried = 0
                 # Last, and with nothing here that holds what the call held: its caller goes on at once.
+                del call
                 self.finish_call()
 
     def finish_call(self) -> None:

@@ -12,7 +12,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import import_string
 
-from .event_loop import new_event_loop
+from .event_loop import default_factory
 from .loops import LoopFactory
 from .resources import AsyncContextFactory
 
@@ -90,7 +90,7 @@ def _known(source: str, values: Mapping[Any, Any], upper: bool = False) -> dict[
 
 def _loop_factory(value: Any) -> LoopFactory:
     if value is None:
-        return new_event_loop
+        return default_factory()
     accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an event loop"
     factory: LoopFactory = _callable("LOOP_FACTORY", value, accepted)
     try:

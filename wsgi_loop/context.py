@@ -8,13 +8,15 @@ import contextvars
 import inspect
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
+from . import forks
 from .bridge.storage import LOOP, LOOP_PID, SCOPE, threadlocal
 from .conf import Options, get_options
 from .scope import RequestScope
+from .threads import check_threads
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +33,7 @@ class EventLoopContext(contextlib.ContextDecorator):
     """
 
     def __init__(self, **options: Any) -> None:
+        check_threads()
         self._options = get_options("EventLoopContext()", **options)
         #: On each thread, what has been entered and not been left.
         self._entered = threading.local()
@@ -49,7 +52,7 @@ class EventLoopContext(contextlib.ContextDecorator):
         exits = contextlib.ExitStack()
         if not _has_loop():
             scope = _BlockScope(self._options)
-            exits.enter_context(scope.standing_on(threadlocal.__dict__))
+            exits.enter_context(_standing_on_thread(scope))
             exits.callback(scope.close)
         stack.append(exits)
 
@@ -66,12 +69,26 @@ class EventLoopContext(contextlib.ContextDecorator):
 
 
 class _BlockScope(RequestScope):
+    """No code runs in its context, which a `with` block can not enter."""
+
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.subject = f"EventLoopContext on thread {threading.current_thread().name!r}"
-        self.calls = None
-        # No code runs in it. A scope without one is over.
+        super().__init__(options, f"EventLoopContext on thread {threading.current_thread().name!r}")
         self._context = contextvars.Context()
+
+
+@contextlib.contextmanager
+def _standing_on_thread(scope: RequestScope) -> Iterator[None]:
+    """Make the scope what async_to_sync finds on this thread, which is left as it was found."""
+    thread = threadlocal.__dict__
+    found = thread.copy()
+    thread.clear()
+    thread[LOOP] = thread[SCOPE] = scope
+    thread[LOOP_PID] = forks.pid
+    try:
+        yield
+    finally:
+        thread.clear()
+        thread.update(found)
 
 
 def _has_loop() -> bool:

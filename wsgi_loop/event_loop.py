@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 
-class _NoSelector:
-    """Stands in for a loop's selector, until there is something to wait for."""
+class _NoSelector(SimpleNamespace):
+    """Stands in for the selector of `loop`, until there is something to wait for."""
 
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
+    loop: EventLoop
 
     def select(self, timeout: float | None) -> list[Any]:
         if timeout is not None and timeout <= 0:
             return []
-        selector = self._loop.make_selector()
+        selector = self.loop.make_selector()
         # Another thread may have posted a callback just before there was a socket to wake the loop up by.
-        return selector.select(0 if self._loop._ready else timeout)
-
-    def close(self) -> None:
-        """There is nothing to close."""
+        return selector.select(0 if self.loop._ready else timeout)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop.make_selector(), name)
+        return getattr(self.loop.make_selector(), name)
 
 
 class EventLoop(asyncio.SelectorEventLoop):
@@ -41,7 +39,7 @@ class EventLoop(asyncio.SelectorEventLoop):
     _ready: Any
 
     def __init__(self) -> None:
-        super().__init__(_NoSelector(self))  # type: ignore[arg-type]
+        super().__init__(_NoSelector(loop=self))  # type: ignore[arg-type]
 
     def make_selector(self) -> selectors.BaseSelector:
         self._selector = selectors.DefaultSelector()
@@ -54,11 +52,13 @@ class EventLoop(asyncio.SelectorEventLoop):
     def _close_self_pipe(self) -> None:
         if self._ssock is not None:
             super()._close_self_pipe()  # type: ignore[misc]
+        else:
+            # So that asyncio closes none.
+            self._selector = None
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return a new event loop, of the kind that `asyncio.new_event_loop()` makes."""
+def default_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes loops of the kind that `asyncio.new_event_loop()` makes now."""
     # From Python 3.14 on policies are deprecated, and from 3.16 on there are none.
     get_policy = getattr(asyncio.events, "_get_event_loop_policy", None) or asyncio.get_event_loop_policy
-    is_unix_default = type(get_policy()).__module__ == "asyncio.unix_events"
-    return EventLoop() if is_unix_default else asyncio.new_event_loop()
+    return EventLoop if type(get_policy()).__module__ == "asyncio.unix_events" else asyncio.new_event_loop

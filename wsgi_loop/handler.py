@@ -68,12 +68,9 @@ class WSGIHandler(wsgi.WSGIHandler):
     ) -> Iterable[bytes]:
         if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
             _prepare_thread()
-        scope = HTTPScope()
-        scope.options = self._options
-        scope.subject = environ
-        scope.calls = None
+        scope = HTTPScope(self._options, environ)
         try:
-            response: Any = scope.start(wsgi.WSGIHandler.__call__, self, environ, start_response)
+            response: Any = scope.run(wsgi.WSGIHandler.__call__, self, environ, start_response)
         except BaseException:
             scope.close()
             raise

@@ -21,6 +21,7 @@ import contextvars
 import logging
 import sys
 import threading
+import time
 import weakref
 from asyncio import _get_running_loop, _set_running_loop
 from asyncio.tasks import _enter_task, _leave_task  # type: ignore[attr-defined]
@@ -34,6 +35,7 @@ from typing import Any
 from .bridge.executor import Executor, current_executor, loop_executors, run_here
 from .bridge.storage import is_loop_call, move_here
 from .calls import LoopCall, NoLoop, RequestTask, name_of
+from .event_loop import EventLoop
 from .resources import context_of, drop_keepers, idle_keepers, is_kept, keepers_of
 from .threads import start_thread
 
@@ -48,6 +50,13 @@ _ROUNDS = 4
 _SHUT_DOWN = "wsgi-loop shut-down"
 #: How many left-over tasks a record names.
 _MOST_NAMES = 10
+_STAND_INS = (
+    "call_soon",
+    "call_soon_threadsafe",
+    "run_in_executor",
+    "_asyncgen_firstiter_hook",
+    "_asyncgen_finalizer_hook",
+)
 #: What running a loop by hand relies on. uvloop's loops do not have it.
 _BY_HAND = ("_ready", "_scheduled", "_timer_cancelled_count", "_thread_id", "_stopping", "_asyncgen_firstiter_hook")
 
@@ -127,31 +136,36 @@ class RunningLoop:
 
     #: What to do about left-over tasks.
     remedy = ""
+    #: The thread of a promoted loop. `ended` is done when that loop is closed, and nothing of it runs any more.
+    thread_id: int | None = None
+    is_promoted = False
+    ended: Future[None]
+    #: Whether somebody has the turn, who will look for what was posted before it ends.
+    _is_held = False
+    #: The thread that runs loop calls by hand, and how many, one below the other.
+    driver: int | None = None
+    depth = 0
+    _makes_task = False
+    _has_other_tasks = False
+    #: How many calls are on threads of executors.
+    _in_executors = 0
+    _let_go: Callable[[], None] | None = None
+    #: Async generators that have begun, with the request in which they did.
+    _generators: weakref.WeakKeyDictionary[Any, Executor | None] | None = None
+    _accepting = True
+    _closing = False
+    _stopped = False
+    _given_up = False
 
     def __init__(self, factory: LoopFactory, timeout: float, owner: str, door: Door) -> None:
         self.owner = owner
         self.timeout = timeout
-        #: Done when a promoted loop is closed and nothing of it runs any more.
-        self.ended: Future[None] = Future()
-        #: The thread of a promoted loop.
-        self.thread_id: int | None = None
-        self.is_promoted = False
         self._door = door
         self._turn = threading.RLock()
-        #: Whether somebody has the turn, who will look for what was posted before it ends.
-        self._is_held = False
-        self._driver: int | None = None
-        #: How many loop calls are run by hand, one below the other.
-        self.depth = 0
         #: Steps that are to be taken by hand; those that are being taken; and the tasks whose steps are.
         self._steps: deque[tuple[Any, tuple[Any, ...], Any]] = deque()
         self._stepping: list[asyncio.Task[Any]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._makes_task = False
-        self._has_other_tasks = False
-        #: How many calls are on threads of executors.
-        self._in_executors = 0
-        self._let_go: Callable[[], None] | None = None
         # Re-entrant: a finalizer may come at any moment, and make a loop call.
         self._lock = threading.RLock()
         #: Held while it is logged that the loop is given up. Not the other one: a log handler may make a loop call.
@@ -160,19 +174,13 @@ class RunningLoop:
         self._calls: set[LoopCall] = set()
         #: Those of the requests that are on the loop now.
         self._request_tasks: set[RequestTask] = set()
-        #: Async generators that have begun, with the request in which they did.
-        self._generators: weakref.WeakKeyDictionary[Any, Executor | None] = weakref.WeakKeyDictionary()
-        #: The ends of those that were dropped.
-        self._ends: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        #: The ends of async generators that were dropped.
+        self._ends: set[asyncio.Task[Any]] = set()
         #: The tasks that end an async body, with the async generators that this has let go of.
         self._dropped: dict[asyncio.Task[Any] | None, list[Any]] = {}
-        self._accepting = True
-        self._closing = False
-        self._stopped = False
-        self._given_up = False
         # In an empty context: a loop's own callbacks keep the context that they are made in.
         self.loop: Any = contextvars.Context().run(factory)
-        self.can_run_by_hand = all(hasattr(self.loop, name) for name in _BY_HAND)
+        self.can_run_by_hand = type(self.loop) is EventLoop or all(hasattr(self.loop, name) for name in _BY_HAND)
         self.post: Callable[..., Any] = self.loop.call_soon_threadsafe
         self._call_soon: Callable[..., Any] = self.loop.call_soon
         self._run_in: Callable[..., Any] = self.loop.run_in_executor
@@ -186,7 +194,6 @@ class RunningLoop:
             stand_ins["_asyncgen_firstiter_hook"] = partial(self._begin_generator, self.loop._asyncgen_firstiter_hook)
             stand_ins["_asyncgen_finalizer_hook"] = self._drop_generator
         self.loop.__dict__.update(stand_ins)
-        self._stand_ins = tuple(stand_ins)
 
     # --- who runs the loop ---------------------------------------------------------------------------------------
 
@@ -194,7 +201,7 @@ class RunningLoop:
         """Take the turn, to run the loop by hand. False: it has a thread, or another thread has the turn."""
         if self.is_promoted or not self._turn.acquire(blocking=False):
             return False
-        if self.is_promoted or (self.depth and self._driver != get_ident()):
+        if self.is_promoted or (self.depth and self.driver != get_ident()):
             self._turn.release()
             return False
         self._is_held = True
@@ -204,11 +211,12 @@ class RunningLoop:
         """Give the turn back. What a loop call has left on the loop gets a thread, if it could go on."""
         try:
             if not self.is_promoted:
-                self._settle()
+                if self._steps or self.loop._ready:
+                    self._settle()
                 if self._stopped and not self.depth:
-                    # It was shut down by another thread's request, in this one's rounds.
+                    # It was shut down by another thread of the request, in this one's rounds.
                     self._end()
-                elif (self._calls and not self.depth) or self._others():
+                elif (self._calls and not self.depth) or (self._has_other_tasks and self._others()):
                     self.promote()
         finally:
             self._is_held = False
@@ -217,20 +225,20 @@ class RunningLoop:
             if not self.is_promoted and (self.loop._ready or self._steps) and not self.loop.is_closed():
                 self.promote()
 
-    def is_driven_here(self) -> bool:
-        """Tell if this thread runs the loop by hand, or sync code below that."""
-        return self.depth > 0 and self._driver == get_ident()
-
     def promote(self) -> None:
-        """Give the loop a thread of its own. Does nothing while another thread has the turn.
+        """Give the loop a thread of its own. Does nothing while another thread runs it by hand.
 
         Raises RuntimeError if no thread can be started.
         """
-        if not self._turn.acquire(blocking=False):
-            return
+        while not self._turn.acquire(blocking=False):
+            if self._is_held:
+                return
+            # Another thread is about to run it, or has just looked if it may.
+            time.sleep(0)
         try:
             if self.is_promoted or self._stopped or self.loop.is_closed():
                 return
+            self.ended = Future()
             self.is_promoted = True
             try:
                 self.loop.__dict__.pop("call_soon", None)
@@ -251,10 +259,11 @@ class RunningLoop:
 
         In this thread's turn.
         """
+        loop = self.loop
         self.depth += 1
-        self._driver = get_ident()
+        self.driver = get_ident()
         try:
-            if self.loop._ready or self._is_due():
+            if loop._ready or (loop._scheduled and loop._scheduled[0]._when <= loop.time()):
                 # What expired while the loop stood still comes first.
                 self._take_round()
             self._calls.add(call)
@@ -263,7 +272,7 @@ class RunningLoop:
             except BaseException:
                 self._calls.discard(call)
                 raise
-            while not call.done() and not self.is_promoted:
+            while not call.is_done and not self.is_promoted:
                 if self._steps:
                     self._take_step()
                 elif task.done():
@@ -313,47 +322,36 @@ class RunningLoop:
         return self._call_soon(callback, *args, context=context)
 
     def _take_step(self) -> None:
-        """Take a step of a task on this thread's stack."""
-        callback, args, context = self._steps.popleft()
-        self._stepping.append(callback.__self__)
-        hooks = self._appear()
-        try:
-            context.run(callback, *args)
-        finally:
-            self._disappear(hooks)
-            self._stepping.pop()
-            if self._let_go is not None:
-                self._let_go()
-
-    def _appear(self) -> Any:
-        """Make the loop the running one of this thread, as its `run_forever` does."""
+        """Take a step of a task on this thread's stack. For that time, the loop is the running one of the thread."""
         loop = self.loop
+        callback, args, context = self._steps.popleft()
         hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
         loop._thread_id = get_ident()
         _set_running_loop(loop)
-        return hooks
-
-    def _disappear(self, hooks: Any) -> None:
-        _set_running_loop(None)
-        self.loop._thread_id = None
-        sys.set_asyncgen_hooks(*hooks)
-
-    def _is_due(self) -> bool:
-        scheduled = self.loop._scheduled
-        return bool(scheduled) and scheduled[0]._when <= self.loop.time()
+        self._stepping.append(callback.__self__)
+        try:
+            context.run(callback, *args)
+        finally:
+            self._stepping.pop()
+            _set_running_loop(None)
+            loop._thread_id = None
+            sys.set_asyncgen_hooks(*hooks)
+            if self._let_go is not None:
+                self._let_go()
 
     def _others(self) -> set[asyncio.Task[Any]]:
         """Return the tasks that could go on while this thread runs sync code."""
-        if not self._has_other_tasks:
-            return set()
         return all_tasks(self.loop) - self._tasks - idle_keepers(self.loop)
 
     def _is_busy(self) -> bool:
         """Tell if anything could go on while this thread runs sync code. In this thread's turn."""
         loop = self.loop
         return bool(
-            loop._ready or self._steps or len(loop._scheduled) > loop._timer_cancelled_count or self._others()
+            loop._ready
+            or self._steps
+            or len(loop._scheduled) > loop._timer_cancelled_count
+            or (self._has_other_tasks and self._others())
         )
 
     # --- thread-sensitive calls ----------------------------------------------------------------------------------
@@ -383,43 +381,50 @@ class RunningLoop:
 
     def _run_inline(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
         """Run sync code right here, below the step of the task that wants it, outside of the loop."""
-        task, future = self._stepping[-1], self.loop.create_future()
+        loop, task, future = self.loop, self._stepping[-1], self.loop.create_future()
         give: Callable[..., None] = _succeed
         outcome: Any
-        _leave_task(self.loop, task)
-        self._disappear((None, None))
+        hooks = sys.get_asyncgen_hooks()
+        _leave_task(loop, task)
+        _set_running_loop(None)
+        loop._thread_id = None
+        sys.set_asyncgen_hooks(None, None)
         try:
             self._is_held = False
             self._turn.release()
             try:
-                if self.loop._ready:
+                if loop._ready:
                     self.promote()
                 outcome = run_here(function)
             except BaseException as exc:
                 give, outcome = _fail, exc
         finally:
-            is_mine = self.take()
-            if not is_mine:
+            # Nobody else has it for long: this thread's call is further up the stack.
+            self._turn.acquire()
+            self._is_held = True
+            is_promoted = self.is_promoted
+            if is_promoted:
                 self._hold()
-            self._appear()
-            _enter_task(self.loop, task)
-        if is_mine:
-            give(future, outcome)
-        else:
-            # Not before the step has ended: the task goes on elsewhere.
-            let_go = self._let_go
-
-            def answer() -> None:
-                if let_go is not None:
-                    let_go()
-                self.answer(give, future, outcome)
-
-            self._let_go = answer
+            sys.set_asyncgen_hooks(*hooks)
+            loop._thread_id = get_ident()
+            _set_running_loop(loop)
+            _enter_task(loop, task)
         try:
+            if is_promoted:
+                # Not before the step has ended: the task goes on elsewhere.
+                self._let_go = partial(self._let_go_and_answer, self._let_go, give, future, outcome)
+            else:
+                give(future, outcome)
             return future
         finally:
             # An exception's traceback leads here.
             del outcome, future
+
+    def _let_go_and_answer(self, let_go: Callable[[], None] | None, *answer: Any) -> None:
+        self._let_go = None
+        if let_go is not None:
+            let_go()
+        self.answer(*answer)
 
     def _hold(self) -> None:
         """Have the loop's thread stand still, until this one has taken to its end a step that it had begun before."""
@@ -431,10 +436,6 @@ class RunningLoop:
             stands.release()
             may_go_on.acquire()
 
-        def let_go() -> None:
-            self._let_go = None
-            may_go_on.release()
-
         try:
             self.post(stand_still, context=contextvars.Context())
             while not stands.acquire(timeout=0.1) and not self.ended.done():
@@ -444,7 +445,7 @@ class RunningLoop:
         except BaseException:
             may_go_on.release()
             raise
-        self._let_go = let_go
+        self._let_go = may_go_on.release
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
@@ -494,7 +495,7 @@ class RunningLoop:
         # Whoever else notices goes on only when it has been logged.
         with self._giving_up:
             with self._lock:
-                if self._given_up or self.ended.done():
+                if self._given_up or self._stopped:
                     return
                 self._given_up = True
                 self._accepting = False
@@ -515,7 +516,7 @@ class RunningLoop:
             self.post(self._stop)
 
     def _abandon(self, call: LoopCall, message: str) -> None:
-        if not call.done():
+        if not call.is_done:
             call.end(RuntimeError(message))
             call.executor.ring()
 
@@ -532,7 +533,7 @@ class RunningLoop:
         return not self._calls and not self._open_generators() and not self._left_overs()
 
     def _open_generators(self) -> bool:
-        return bool(self._generators) and any(found.ag_frame is not None for found in list(self._generators))
+        return self._generators is not None and any(found.ag_frame is not None for found in list(self._generators))
 
     def _describe(self, task: asyncio.Task[Any]) -> str:
         for request_task in self._request_tasks.copy():
@@ -577,9 +578,9 @@ class RunningLoop:
                 request_task.watch()
             assert request_task.task is not None
             return request_task.task
-        context = call.caller.copy()
+        call.context = context = call.caller.copy()
         move_here(context)
-        call.begin_in(context)
+        call.before = context.copy()
         coroutine, name = self._run_alone(call, request_task), f"loop call {call.name}"
         task: asyncio.Task[Any]
         if by_hand:
@@ -608,7 +609,7 @@ class RunningLoop:
 
     def finish(self, call: LoopCall) -> None:
         """The call has ended: answer it, unless it was abandoned."""
-        if call.done():
+        if call.is_done:
             return
         self._calls.discard(call)
         call.end()
@@ -624,13 +625,15 @@ class RunningLoop:
 
     def _begin_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
         """Called when an async generator takes its first step. of_loop: what the loop does then."""
+        if self._generators is None:
+            self._generators = weakref.WeakKeyDictionary()
         self._generators[generator] = current_executor()
         if of_loop is not None:
             of_loop(generator)
 
     def _drop_generator(self, generator: Any) -> None:
         """Called when an async generator is dropped before its end, by any code, on any thread."""
-        begun_in = self._generators.pop(generator, None)
+        begun_in = None if self._generators is None else self._generators.pop(generator, None)
         if self._dropped and get_ident() == self.thread_id:
             dropped = self._dropped.get(asyncio.current_task(self.loop))
             if dropped is not None:
@@ -648,6 +651,7 @@ class RunningLoop:
 
         task = self.loop.create_task(end(), name=f"end of async generator {name_of(generator)}")
         self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
 
     async def end_body(self, iterator: Any, owner: str) -> None:
         """Close an async iterator, and then the async generators that it went through, in this same task.
@@ -831,15 +835,19 @@ class RunningLoop:
         """Close the loop, on which nothing is left."""
         self._accepting = False
         self._request_tasks.clear()
-        drop_keepers(self.loop)
+        self._tasks.clear()
+        # What is left is that of a task which was dropped.
+        self._steps.clear()
+        if self._has_other_tasks or self.is_promoted:
+            drop_keepers(self.loop)
         loop_executors.pop(self.loop, None)
         self.loop.close()
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
-        for name in self._stand_ins:
+        for name in _STAND_INS:
             self.loop.__dict__.pop(name, None)
         self._stopped = True
-        if not self.ended.done():
+        if self.is_promoted and not self.ended.done():
             self.ended.set_result(None)
 
 
@@ -858,19 +866,12 @@ class RequestLoop(RunningLoop):
         """
         if _get_running_loop() is None and self.take():
             try:
-                request_task.end()
-                self._settle()
-                left = all_tasks(self.loop) - self._tasks if self._has_other_tasks else set()
-                if self._in_executors or self._calls or left - idle_keepers(self.loop) or self._open_generators():
+                if not self._close_by_hand(request_task, executor):
                     self.promote()
-                elif left:
-                    self._closing = True
-                    self.drive(LoopCall(self._shut_down(), "end of PerLoop resources", executor, contextvars.Context()))
-                if not self.is_promoted:
-                    self._close()
-                    return
             finally:
                 self.release()
+            if not self.is_promoted:
+                return
         self.promote()
         is_clean = self._is_clean()
         self.close_soon()
@@ -880,16 +881,34 @@ class RequestLoop(RunningLoop):
         if not executor.serve_until(self.ended, self.timeout):
             self.give_up()
 
+    def _close_by_hand(self, request_task: RequestTask, executor: Executor | None) -> bool:
+        """Close the loop, if that is all there is to do. In this thread's turn.
+
+        executor: where there is one, resources of `PerLoop` are closed as well.
+        """
+        if self._steps or self.loop._ready:
+            self._settle()
+        if self._calls or self._in_executors or self._open_generators():
+            return False
+        if self._has_other_tasks and (left := all_tasks(self.loop) - self._tasks):
+            if executor is None or left - idle_keepers(self.loop):
+                return False
+            self._closing = True
+            self.drive(LoopCall(self._shut_down(), self._shut_down, executor, contextvars.Context()))
+            if not self.is_promoted:
+                self._end()
+            return not self.is_promoted
+        request_task.drop()
+        self._close()
+        return True
+
     def leave_soon(self, request_task: RequestTask) -> None:
         """Close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
         if self.is_promoted or not self.take():
             self.close_soon()
             return
         try:
-            if not self.depth and not self._has_other_tasks and not self._in_executors and not self._open_generators():
-                request_task.end()
-                self._settle()
-                self._close()
+            if not self.depth and self._close_by_hand(request_task, None):
                 return
         finally:
             self._is_held = False

@@ -10,14 +10,13 @@ a server may open and close requests on its threads in any order.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import sys
 import threading
 import warnings
 from asyncio import _get_running_loop
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -25,14 +24,13 @@ from asgiref.sync import async_to_sync
 
 from . import forks
 from .bridge import watching
-from .bridge.executor import Executor, enclosing_executor, loop_executors
+from .bridge.executor import CURRENT, Executor, enclosing_executor, loop_executors
 from .bridge.storage import LOOP, LOOP_PID, SCOPE, enter_here, is_taken, scope_here, take_apart, threadlocal
 from .calls import END, LoopCall, NoLoop, RequestTask, are_same, close_unbegun, name_of
 from .conf import Options
 from .loops import RequestLoop, RunningLoop
 from .process import get_process_loop
 from .process_loop import ProcessLoop
-from .threads import check_threads
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -64,8 +62,8 @@ class RequestScope:
     create_task = None
     is_scope = True
 
-    # Whoever makes a scope sets these three; `start` sets the rest. None has a default in the class: Python 3.11 takes
-    # 1,000 instructions a request more to find, behind one, what an instance has.
+    # None has a default in the class: Python 3.11 takes 1,000 instructions a request more to find, behind one, what an
+    # instance has.
     options: Options
     subject: Any
     calls: RequestCalls | None
@@ -75,6 +73,13 @@ class RequestScope:
     #: them, which costs less to get than an identifier.
     _home: ThreadState
 
+    def __init__(self, options: Options, subject: Any) -> None:
+        self.options = options
+        self.subject = subject
+        self.calls = None
+        self._context = contextvars.copy_context()
+        self._home = threadlocal.__dict__
+
     @property
     def owner(self) -> str:
         """Whom to name in logs."""
@@ -83,12 +88,6 @@ class RequestScope:
     def per_thread(self) -> Iterable[Any]:
         """The `Local`s whose content belongs to a thread, and not to a request."""
         return ()
-
-    def start(self, function: Callable[..., R], /, *args: Any) -> R:
-        """Begin the request, in a copy of the current context, and call `function` in it."""
-        self._context = contextvars.copy_context()
-        self._home = threadlocal.__dict__
-        return self.run(function, *args)
 
     def run(self, function: Callable[..., R], /, *args: Any) -> R:
         """Call `function` inside the request, and return what it returns.
@@ -117,7 +116,8 @@ class RequestScope:
         try:
             if self.calls is not None:
                 thread[SCOPE] = self
-                self.calls.serve()
+                if not self.calls.executor.jobs.empty():
+                    self.calls.serve()
             try:
                 return context.run(function, *args)
             except RuntimeError as exc:
@@ -136,19 +136,6 @@ class RequestScope:
         finally:
             self.close()
 
-    @contextlib.contextmanager
-    def standing_on(self, thread: ThreadState) -> Iterator[None]:
-        """Make this what async_to_sync finds on the thread, which is left as it was found."""
-        found = thread.copy()
-        thread.clear()
-        thread[LOOP] = thread[SCOPE] = self
-        thread[LOOP_PID] = forks.pid
-        try:
-            yield
-        finally:
-            thread.clear()
-            thread.update(found)
-
     def close(self) -> None:
         """Close the request's loop, if it has one, and let go of its context. Further calls do nothing."""
         # What the request stored in the context may lead back to this scope: the request itself, the response.
@@ -157,8 +144,7 @@ class RequestScope:
             with _making_loop:
                 calls, self.calls = self.calls, None
             if calls is not None:
-                with self.standing_on(threadlocal.__dict__):
-                    calls.close()
+                calls.close()
 
     def advance(self, iterator: AsyncIterator[Any]) -> Any:
         """Return the next item of an async iterator, or `END`: after `close`, always. Called inside `run`."""
@@ -189,7 +175,7 @@ class RequestScope:
             close_unbegun(handed_over.awaitable)
             handed_over.call_result.set_exception(exc)
             return
-        calls.call(coroutine)
+        _call(coroutine, calls.running, calls)
 
     def get_calls(self) -> RequestCalls:
         if self.calls is not None:
@@ -197,7 +183,6 @@ class RequestScope:
         if self._context is None:
             raise NoLoop("The request is over")
         options = self.options
-        check_threads()
         process_loop = get_process_loop(lambda: options, door) if options.scope == "process" else None
         with _making_loop:
             if self.calls is None:
@@ -224,48 +209,42 @@ class RequestCalls:
     """
 
     def __init__(self, owner: str, options: Options, running: RequestLoop | ProcessLoop) -> None:
-        self._running = running
+        self.running = running
         self._closed = False
-        self._pid = forks.pid
-        self._executor = Executor(owner, options, None, running.interrupt)
+        self.pid = forks.pid
+        self.executor = Executor(owner, options, None, running.interrupt)
         #: The executor, while no call waits with it: of the outermost calls, one at a time.
-        self._free = [self._executor]
+        self._free = [self.executor]
         self._task = RequestTask(owner, running.new_task, running.finish)
         #: What the context held in which the last outermost call was made, when the call had ended.
         self._seen: contextvars.Context | None = None
         self._closes_soon = False
         if isinstance(running, RequestLoop):
             # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
-            loop_executors[running.loop] = self._executor
+            loop_executors[running.loop] = self.executor
             if not running.can_run_by_hand:
                 running.promote()
 
     @property
     def owner(self) -> str:
-        return self._executor.owner
-
-    def call(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Run a loop call that asgiref hands over. When this returns, the call is over."""
-        if self._is_inherited():
-            raise NoLoop(f"{self.owner}: its event loop is the one of the process that was forked")
-        _call(coroutine, self._running, self)
+        return self.executor.owner
 
     def advance(self, iterator: AsyncIterator[Any]) -> Any:
         """Return the next item of an async iterator, or `END`."""
-        if watching.watchers or self._is_inherited() or _get_running_loop() or sys.exc_info()[1]:
+        if watching.watchers or self.is_inherited() or _get_running_loop() or sys.exc_info()[1]:
             # As an unusual call, by way of asgiref.
-            return _advance_by_asgiref(iterator, lambda: self._running.loop)
+            return _advance_by_asgiref(iterator, lambda: self.running.loop)
         step = _advance(iterator)
         try:
-            return self.wait(step, name_of(iterator), is_step=True).take_result()
+            return self.wait(step, iterator, is_step=True).take_result()
         except NoLoop:
             step.close()
-            return _advance_by_asgiref(iterator, lambda: self._running.loop)
+            return _advance_by_asgiref(iterator, lambda: self.running.loop)
 
     def wait(
         self,
         coroutine: Any,
-        name: str,
+        named: Any,
         task_context: list[Any] | None = None,
         hand_on: list[contextvars.Context] | None = None,
         is_step: bool = False,
@@ -274,26 +253,26 @@ class RequestCalls:
     ) -> LoopCall:
         """Run a coroutine as a loop call, and on this thread what that needs to run here.
 
-        task_context, is_step, is_end: as `LoopCall` has them. hand_on: where to put the caller's context. timeout:
+        named, task_context, is_step, is_end: as `LoopCall` has them. hand_on: where to put the caller's context. timeout:
         seconds after which the call is waited for no longer. Raises NoLoop when the loop takes no more calls.
         """
-        running = self._running
+        running = self.running
         free = self._free
         try:
             executor = free.pop()
         except IndexError:
             # Nested, or another thread of the request waits.
-            executor = Executor(self.owner, self._executor.options, self._enclosing(), running.interrupt)
-        is_outermost = executor is self._executor
+            executor = Executor(self.owner, self.executor.options, self._enclosing(), running.interrupt)
+        is_outermost = executor is self.executor
         if executor.thread_id != get_ident():
             executor.move_here()
-        token = executor.enter()
+        token = CURRENT.set(executor.storage)
         try:
             caller = contextvars.copy_context()
             if hand_on is not None:
                 hand_on[0] = caller
             is_in_line = is_outermost and self._seen is not None and are_same(caller, self._seen)
-            call = LoopCall(coroutine, name, executor, caller, is_in_line, task_context, is_step, is_end)
+            call = LoopCall(coroutine, named, executor, caller, is_in_line, task_context, is_step, is_end)
             task = self._task
             if not is_end and running.take():
                 try:
@@ -302,8 +281,9 @@ class RequestCalls:
                     running.release()
             else:
                 running.hand_over(call, task)
-            if call.done() or executor.serve_until(call, timeout):
-                call.bring_back()
+            if call.is_done or executor.serve_until(call, timeout):
+                if call.before is not None and not are_same(call.before, call.context):
+                    call.bring_back()
                 if is_outermost:
                     self._seen = contextvars.copy_context()
             return call
@@ -314,7 +294,7 @@ class RequestCalls:
             close_unbegun(coroutine)
             raise
         finally:
-            executor.leave(token)
+            CURRENT.reset(token)
             if is_outermost:
                 free.append(executor)
                 if self._closes_soon:
@@ -324,11 +304,11 @@ class RequestCalls:
 
     def _enclosing(self) -> Executor:
         found = enclosing_executor()
-        return found if found is not None and found.bottom is self._executor else self._executor
+        return found if found is not None and found.bottom is self.executor else self.executor
 
     def serve(self) -> None:
         """Run what its tasks wait for on this thread."""
-        if self._is_inherited() or self._executor.jobs.empty():
+        if self.is_inherited():
             return
         try:
             executor = self._free.pop()
@@ -344,16 +324,16 @@ class RequestCalls:
 
         Waits for at most twice `SHUTDOWN_TIMEOUT`: after the first half it is cancelled, after the second given up.
         """
-        running = self._running
+        running = self.running
         # The generator itself may close its response: its thread can not wait for itself.
-        if self._is_inherited() or self._is_inside():
+        if self.is_inherited() or self._is_inside():
             return
         # A bound holds only where another thread runs what it bounds.
         running.promote()
         call = self.wait(
-            running.end_body(iterator, self.owner), name_of(iterator), is_end=True, timeout=2 * running.timeout
+            running.end_body(iterator, self.owner), iterator, is_end=True, timeout=2 * running.timeout
         )
-        if not call.done() and isinstance(running, RequestLoop):
+        if not call.is_done and isinstance(running, RequestLoop):
             # Leaving the process loop will tell: it is not this request's to give up.
             running.give_up()
 
@@ -363,49 +343,48 @@ class RequestCalls:
             # Of a cycle that was dropped, the collector may find this before the file that closes its response.
             return
         self._closed = True
-        if self._is_inherited():
+        if self.pid != forks.pid and self.is_inherited():
             return
-        if self._is_inside():
-            if self._running.is_promoted:
-                self._running.leave_soon(self._task)
-                self._executor.quit()
-            else:
-                # Its loop is run further up this stack.
-                self._closes_soon = True
-            return
-        self._finish()
+        if not self._is_inside():
+            self._finish()
+        elif self.running.is_promoted:
+            self.running.leave_soon(self._task)
+            self.executor.quit()
+        else:
+            # Its loop is run further up this stack.
+            self._closes_soon = True
 
     def _finish(self) -> None:
         self._closes_soon = False
         try:
-            self._running.leave(self._task, self._executor)
+            self.running.leave(self._task, self.executor)
         finally:
-            self._executor.quit()
+            self.executor.quit()
 
     def _is_inside(self) -> bool:
         """Tell if this thread is in the middle of what it would wait for."""
-        running = self._running
-        return running.thread_id == get_ident() or running.is_driven_here()
+        running = self.running
+        return running.thread_id == get_ident() or (running.depth > 0 and running.driver == get_ident())
 
-    def _is_inherited(self) -> bool:
+    def is_inherited(self) -> bool:
         """Tell if this was made before a fork: what it stands for is the parent's."""
-        if self._pid == forks.pid:
+        if self.pid == forks.pid:
             return False
-        if self._running not in _inherited:
-            _inherited.append(self._running)
+        if self.running not in _inherited:
+            _inherited.append(self.running)
         return True
 
     def drop(self) -> bool:
         """Give the loop back and wait for nothing. Returns whether there was one to give back."""
-        if getattr(self, "_closed", True) or self._is_inherited():
+        if self.is_inherited():
             return False
         self._closed = True
-        self._running.leave_soon(self._task)
-        self._executor.quit()
+        self.running.leave_soon(self._task)
+        self.executor.quit()
         return True
 
     def __del__(self) -> None:
-        if self.drop():
+        if not getattr(self, "_closed", True) and self.drop():
             message = f"{self.owner}: its response was dropped without close()"
             warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
 
@@ -436,8 +415,8 @@ watching.STEP = _advance_watched.__code__
 def door(running: RunningLoop, coroutine: Coroutine[Any, Any, Any]) -> None:
     """Take what asgiref hands to the loop itself: as its request's, or as what another thread calls on its own."""
     calls = getattr(scope_here(), "calls", None)
-    if calls is not None and calls._running is running:
-        calls.call(coroutine)
+    if calls is not None and calls.running is running:
+        _call(coroutine, running, calls)
     else:
         _call(coroutine, running, None)
 
@@ -448,14 +427,15 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
     # asgiref's own coroutine does what is needed for the others: it raises what its caller is handling, in the task.
     is_plain = calls is not None and exc_info[1] is None and not watching.watchers
     is_coroutine = asyncio.iscoroutine(awaitable)
-    name = name_of(awaitable)
     try:
         if calls is None:
-            call = _wait_on_other_thread(coroutine, name, context, running)
+            call = _wait_on_other_thread(coroutine, awaitable, context, running)
+        elif calls.pid != forks.pid and calls.is_inherited():
+            raise NoLoop(f"{calls.owner}: its event loop is the one of the process that was forked")
         elif is_plain:
-            call = calls.wait(awaitable if is_coroutine else _await(awaitable), name, task_context)
+            call = calls.wait(awaitable if is_coroutine else _await(awaitable), awaitable, task_context)
         else:
-            call = calls.wait(coroutine, name, hand_on=context)
+            call = calls.wait(coroutine, awaitable, hand_on=context)
     except NoLoop:
         raise
     except BaseException as exc:
@@ -476,18 +456,18 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
 
 
 def _wait_on_other_thread(
-    coroutine: Coroutine[Any, Any, Any], name: str, hand_on: list[contextvars.Context], running: RunningLoop
+    coroutine: Coroutine[Any, Any, Any], named: Any, hand_on: list[contextvars.Context], running: RunningLoop
 ) -> LoopCall:
     """Run a loop call of sync code that async code runs on a thread of an executor. It has a task of its own."""
     outer = enclosing_executor()
     executor = Executor(running.owner, outer and outer.options, outer, running.interrupt)
-    token = executor.enter()
+    token = CURRENT.set(executor.storage)
     try:
         hand_on[0] = contextvars.copy_context()
-        call = LoopCall(coroutine, name, executor, hand_on[0])
+        call = LoopCall(coroutine, named, executor, hand_on[0])
         running.hand_over(call)
         executor.serve_until(call)
         return call
     finally:
-        executor.leave(token)
+        CURRENT.reset(token)
         executor.quit()

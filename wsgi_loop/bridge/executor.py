@@ -14,9 +14,10 @@ from asgiref.local import _Storage
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 
 from ..threads import SyncThread
-from .storage import TASK_CONTEXT, threadlocal
+from .storage import threadlocal
 
-_CURRENT = AsyncToSync.executors._storage._data
+#: Where sync_to_async looks for an executor.
+CURRENT = AsyncToSync.executors._storage._data
 #: By loop, for async code with no executor in its context.
 loop_executors = cast(dict[Any, Any], AsyncToSync.loop_thread_executors)
 
@@ -50,22 +51,19 @@ class Executor(CurrentThreadExecutor):
         self.over = False
         self.jobs: SimpleQueue[Any] = SimpleQueue()
         self._wake = wake
-        self._storage: Any = None
-        self.move_here()
+        self.thread_id = get_ident()
+        #: What to set `CURRENT` to.
+        self.storage: Any = _Storage(self.thread_id, {"current": self})
 
     def move_here(self) -> None:
         """Make this thread the one that runs what comes."""
         self.thread_id = get_ident()
-        self._work_thread = threading.current_thread()
-        self._storage = _Storage(self.thread_id, {"current": self})
+        self.storage = _Storage(self.thread_id, {"current": self})
 
-    def enter(self) -> Any:
-        """Put this where sync_to_async looks for it, in the current context. Returns a token for `leave`."""
-        return _CURRENT.set(self._storage)
-
-    @staticmethod
-    def leave(token: Any) -> None:
-        _CURRENT.reset(token)
+    @property
+    def _work_thread(self) -> Any:
+        """asgiref's `submit` compares it with the current thread, and refuses work of the thread that waits."""
+        return threading.current_thread() if get_ident() == self.thread_id else None
 
     @property
     def bottom(self) -> Executor:
@@ -140,7 +138,7 @@ class Executor(CurrentThreadExecutor):
     def quit(self) -> None:
         """Run nothing from now on. What is waiting is passed on, or refused where there is nobody to pass it to."""
         self.over = True
-        self._storage = None  # a cycle
+        self.storage = None  # a cycle
         while not self.jobs.empty():
             job = self.jobs.get()
             if job is None:
@@ -154,22 +152,20 @@ class Executor(CurrentThreadExecutor):
 def run_here(function: Callable[[], Any]) -> Any:
     """Call sync code for async code, on the thread of a request.
 
-    asgiref leaves the code's `task_context` on the thread: a later loop call would be tied to it.
+    asgiref leaves the loop and a `task_context` on the thread: a later loop call would be tied to them.
     """
     thread = threadlocal.__dict__
-    found = thread.get(TASK_CONTEXT)
+    found = thread.copy()
     try:
         return function()
     finally:
-        if found is None:
-            thread.pop(TASK_CONTEXT, None)
-        else:
-            thread[TASK_CONTEXT] = found
+        thread.clear()
+        thread.update(found)
 
 
 def enclosing_executor() -> Executor | None:
     """Return the executor of the loop call that the current context belongs to, if it is a request's."""
-    storage = _CURRENT.get(None)
+    storage = CURRENT.get(None)
     executor = None if storage is None else storage.data.get("current")
     while executor is not None and not isinstance(executor, Executor):
         executor = executor._old_executor

@@ -24,11 +24,10 @@ LOOP = "main_event_loop"
 LOOP_PID = "main_event_loop_pid"
 #: Where the scope that a thread is in stands on the thread, once the scope has a loop. Before that it is the loop.
 SCOPE = "wsgi_loop.scope"
-#: What asgiref leaves on a thread that has run sync code for async code.
-TASK_CONTEXT = "task_context"
 
 #: How the message of `Context.run` begins.
 _TAKEN = "cannot enter context"
+Storage = _Storage
 _MAIN_WRAP = AsyncToSync.main_wrap.__code__
 
 

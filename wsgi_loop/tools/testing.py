@@ -59,7 +59,6 @@ class _ClientScope(HTTPScope):
 
     #: Weak: a test that reads no body and closes nothing is to free it, and the loop, by letting go of it.
     response: weakref.ref[Any]
-    calls = None
 
     def advance(self, iterator: AsyncIterator[Any]) -> Any:
         try:
@@ -105,11 +104,9 @@ class ClientHandlerMixin:
             self._options = get_options()
         if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
             _prepare_thread()
-        scope = _ClientScope()
-        scope.options = self._options
-        scope.subject = environ
+        scope = _ClientScope(self._options, environ)
         try:
-            response = scope.start(ClientHandlerMixin._respond, self, environ, scope)
+            response = scope.run(ClientHandlerMixin._respond, self, environ, scope)
         except BaseException:
             scope.close()
             raise
