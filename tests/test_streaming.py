@@ -1020,7 +1020,7 @@ def test_an_interrupt_while_a_step_is_handed_over(monkeypatch: pytest.MonkeyPatc
         response = server.open()
         chunks = iter(response)
         next(chunks)
-        running = response._wsgi_loop_scope.calls._running
+        running = response._wsgi_loop_scope.calls.running
         name = "hand_over" if running.is_promoted else "drive"
         function = getattr(running, name)
 

@@ -275,11 +275,12 @@ class RequestTask:
     def drop(self) -> None:
         """Let go of the task, which waits for a call that will never come. Its next step is not taken any more."""
         self._ending = True
-        # It holds this, and what it waits for.
         task, self.task = self.task, None
         if task is not None and self._next_call is not None:
+            # The task, its coroutine and the future that it waits for hold each other.
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             self._next_call.cancel()
+            task.get_coro().close()  # type: ignore[union-attr]
 
     async def _serve(self) -> None:
         """Run one loop call after another.

@@ -38,6 +38,9 @@ class EventLoop(asyncio.SelectorEventLoop):
     _csock: Any = None
     _ready: Any
 
+    #: asyncio's `__init__` calls this, and `make_selector` does the work.
+    _make_self_pipe: Any = staticmethod(int)
+
     def __init__(self) -> None:
         super().__init__(_NoSelector(loop=self))  # type: ignore[arg-type]
 
@@ -45,9 +48,6 @@ class EventLoop(asyncio.SelectorEventLoop):
         self._selector = selectors.DefaultSelector()
         super()._make_self_pipe()  # type: ignore[misc]
         return self._selector  # type: ignore[no-any-return]
-
-    def _make_self_pipe(self) -> None:
-        """asyncio's `__init__` calls this. `make_selector` does the work."""
 
     def _close_self_pipe(self) -> None:
         if self._ssock is not None:

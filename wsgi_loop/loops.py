@@ -103,6 +103,10 @@ def _fail(future: asyncio.Future[Any], exc: BaseException) -> None:
     future.set_exception(exc)
 
 
+class _StepIsDue(SystemExit):
+    """Raised through a loop that is run by hand: asyncio lets it pass. What is ready after the step stays so."""
+
+
 class Work:
     """A thread-sensitive call on its way to the thread that runs it."""
 
@@ -136,10 +140,11 @@ class RunningLoop:
 
     #: What to do about left-over tasks.
     remedy = ""
-    #: The thread of a promoted loop. `ended` is done when that loop is closed, and nothing of it runs any more.
+    #: The thread of a promoted loop.
     thread_id: int | None = None
     is_promoted = False
-    ended: Future[None]
+    _ended: Future[None] | None = None
+    _is_closed = False
     #: Whether somebody has the turn, who will look for what was posted before it ends.
     _is_held = False
     #: The thread that runs loop calls by hand, and how many, one below the other.
@@ -213,7 +218,7 @@ class RunningLoop:
             if not self.is_promoted:
                 if self._steps or self.loop._ready:
                     self._settle()
-                if self._stopped and not self.depth:
+                if self._stopped and not self.loop.is_closed() and not self.depth:
                     # It was shut down by another thread of the request, in this one's rounds.
                     self._end()
                 elif (self._calls and not self.depth) or (self._has_other_tasks and self._others()):
@@ -238,7 +243,6 @@ class RunningLoop:
         try:
             if self.is_promoted or self._stopped or self.loop.is_closed():
                 return
-            self.ended = Future()
             self.is_promoted = True
             try:
                 self.loop.__dict__.pop("call_soon", None)
@@ -268,7 +272,11 @@ class RunningLoop:
                 self._take_round()
             self._calls.add(call)
             try:
-                task = self._begin(call, request_task, by_hand=True)
+                if request_task is not None and request_task.take(call):
+                    self._request_tasks.add(request_task)
+                    task = request_task.task
+                else:
+                    task = self._begin_alone(call, request_task, by_hand=True)
             except BaseException:
                 self._calls.discard(call)
                 raise
@@ -290,6 +298,8 @@ class RunningLoop:
         """Run the loop until it is stopped: by a step that is to be taken, or by work for this thread."""
         try:
             self.loop.run_forever()
+        except _StepIsDue:
+            pass
         except (SystemExit, KeyboardInterrupt):
             # asyncio has also stored what a task raised in the task. Whoever awaits the task goes on first.
             self._settle()
@@ -298,7 +308,8 @@ class RunningLoop:
     def _take_round(self) -> None:
         """Run what is ready."""
         self.loop.stop()
-        self.loop.run_forever()
+        with contextlib.suppress(_StepIsDue):
+            self.loop.run_forever()
 
     def _settle(self) -> None:
         """Let what is about to end come to its end."""
@@ -315,11 +326,21 @@ class RunningLoop:
         task = getattr(callback, "__self__", None)
         if isinstance(task, asyncio.Task):
             if self._makes_task or task in self._tasks:
+                if self.loop._ready:
+                    # What was ready before comes before.
+                    return self._call_soon(self._stop_for_step, callback, args, context)
                 self._steps.append((callback, args, context))
                 self.loop.stop()
                 return None
             self._has_other_tasks = True
         return self._call_soon(callback, *args, context=context)
+
+    def _stop_for_step(self, callback: Any, args: tuple[Any, ...], context: contextvars.Context) -> None:
+        if self.is_promoted:
+            context.run(callback, *args)
+        else:
+            self._steps.append((callback, args, context))
+            raise _StepIsDue
 
     def _take_step(self) -> None:
         """Take a step of a task on this thread's stack. For that time, the loop is the running one of the thread."""
@@ -565,19 +586,19 @@ class RunningLoop:
         if call not in self._calls:
             return  # abandoned
         try:
-            self._begin(call, request_task, by_hand=False)
+            if request_task is not None and request_task.take(call):
+                self._request_tasks.add(request_task)
+                if self.is_promoted:
+                    request_task.watch()
+            else:
+                self._begin_alone(call, request_task, by_hand=False)
         except BaseException as exc:
             self._calls.discard(call)
             call.end(exc)
             call.executor.ring()
 
-    def _begin(self, call: LoopCall, request_task: RequestTask | None, by_hand: bool) -> asyncio.Task[Any]:
-        if request_task is not None and request_task.take(call):
-            self._request_tasks.add(request_task)
-            if self.is_promoted:
-                request_task.watch()
-            assert request_task.task is not None
-            return request_task.task
+    def _begin_alone(self, call: LoopCall, request_task: RequestTask | None, by_hand: bool) -> asyncio.Task[Any]:
+        """Run a call in a task of its own, because the request's is busy, or it is no request's."""
         call.context = context = call.caller.copy()
         move_here(context)
         call.before = context.copy()
@@ -709,7 +730,7 @@ class RunningLoop:
             return
         contexts = [context_of(task) for task in all_tasks(self.loop)]
         contexts += [handle._context for handle in [*self.loop._ready, *self.loop._scheduled]]
-        contexts += [request_task.context.context for request_task in self._request_tasks]
+        contexts += [request_task.context for request_task in self._request_tasks]
         for context in contexts:
             if context is not None:
                 with contextlib.suppress(RuntimeError):  # a thread is inside
@@ -847,8 +868,20 @@ class RunningLoop:
         for name in _STAND_INS:
             self.loop.__dict__.pop(name, None)
         self._stopped = True
-        if self.is_promoted and not self.ended.done():
-            self.ended.set_result(None)
+        with self._lock:
+            self._is_closed = True
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    @property
+    def ended(self) -> Future[None]:
+        """Done when the loop is closed, and nothing of it runs any more."""
+        with self._lock:
+            if self._ended is None:
+                self._ended = Future()
+                if self._is_closed:
+                    self._ended.set_result(None)
+            return self._ended
 
 
 class RequestLoop(RunningLoop):
@@ -866,12 +899,12 @@ class RequestLoop(RunningLoop):
         """
         if _get_running_loop() is None and self.take():
             try:
-                if not self._close_by_hand(request_task, executor):
-                    self.promote()
+                if self._close_by_hand(request_task, executor):
+                    return
+                self.promote()
             finally:
-                self.release()
-            if not self.is_promoted:
-                return
+                self._is_held = False
+                self._turn.release()
         self.promote()
         is_clean = self._is_clean()
         self.close_soon()
@@ -888,7 +921,7 @@ class RequestLoop(RunningLoop):
         """
         if self._steps or self.loop._ready:
             self._settle()
-        if self._calls or self._in_executors or self._open_generators():
+        if self._calls or self._in_executors or (self._generators is not None and self._open_generators()):
             return False
         if self._has_other_tasks and (left := all_tasks(self.loop) - self._tasks):
             if executor is None or left - idle_keepers(self.loop):
