@@ -17,7 +17,7 @@ from .workloads import WORKLOADS, Workload
 
 #: Over HTTP, in a quick run, unless others are asked for.
 QUICK_WORKLOADS = ("stack",)
-QUICK_CONTENDERS = ("stock", "own", "process", "request", "asgi")
+QUICK_CONTENDERS = ("stock", "request", "process", "asgi")
 
 #: What the table on the terminal shows of each contender, as a heading and a format.
 COLUMNS = {
@@ -25,12 +25,14 @@ COLUMNS = {
     "p99_us": ("p99 µs", ",.0f"),
     "cpu_us": ("CPU µs", ",.0f"),
     "ratio_to_stock": ("to stock", ".2f"),
+    "cpu_ratio_to_stock": ("CPU to stock", ".2f"),
     "ratio_to_floor": ("to floor", ".1f"),
     "threads": ("threads", ".2f"),
     "loops": ("loops", ".2f"),
     "syscalls": ("syscalls", ",.0f"),
     "memory_mb": ("memory MB", ",.1f"),
     "growth": ("growth", ".2f"),
+    "entries": ("entries", ",.0f"),
 }
 
 
@@ -57,7 +59,7 @@ def table(records: Sequence[handler.Record]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure wsgi-loop beside others.")
-    parser.add_argument("--quick", action="store_true", help="a run of less than a minute, for a first look")
+    parser.add_argument("--quick", action="store_true", help="a run of about a minute, for a first look")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, metavar="CONTENDER", help=f"of {', '.join(CONTENDERS)}"
@@ -165,9 +167,11 @@ def measure_servers(
                 yield turn
 
     names = [contender.name for contender in among if not options.quick or contender.name in QUICK_CONTENDERS]
+    if not options.only:
+        wanted = [each for each in wanted if (each.name in QUICK_WORKLOADS if options.quick else each.over_http)]
     return servers.measure(
         names,
-        [workload.name for workload in wanted if options.only or not options.quick or workload.name in QUICK_WORKLOADS],
+        [workload.name for workload in wanted],
         rounds=options.rounds or (1 if options.quick else 3),
         seconds=options.seconds or (1 if options.quick else 3),
         servers=servers.QUICK_SERVERS if options.quick else tuple(servers.SERVERS),

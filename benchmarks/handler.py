@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from typing import Any
 
+from . import entries
 from .contenders import Contender
 from .workloads import Workload, environment, processes
 
@@ -43,6 +44,8 @@ SAMPLE = 50
 QUIET = 0.05
 #: Requests of which threads, loops and system calls are counted, at most.
 COUNTED = 20
+#: The workload of which the functions are counted that a request enters.
+ENTERED = "async_view"
 
 HEADERS = {
     "host": "localhost",
@@ -252,6 +255,10 @@ class _Server:
         self.warm_up(requests)
         return threads / requests, loops / requests
 
+    def entries(self) -> dict[str, int]:
+        """Functions that one request enters. For a child that has served nothing, and is not asked for more."""
+        return entries.count(self._serve)
+
     def traced(self, requests: int) -> None:
         """Serve between two calls of getppid(), for whoever reads what strace writes."""
         os.getppid()
@@ -387,6 +394,7 @@ def measure(
         few = max(1, min(COUNTED, rounds // 10))
         syscalls = count_syscalls(started, few)
         made = ask_all(started, "count", few)
+    entered = count_entries(contenders, workload, environ) if workload.name == ENTERED else {}
     records = []
     for name, times in taken.items():
         threads, loops = made[name]
@@ -400,8 +408,10 @@ def measure(
             "memory_mb": memory[name] / 1e6,
             "requests": len(times),
         }
+        figures |= entered.get(name, {})
         for base in ("stock", "floor"):
             figures[f"ratio_to_{base}"] = median(times) / median(taken[base]) if base in taken else None
+        figures["cpu_ratio_to_stock"] = cpu[name] / cpu["stock"] if "stock" in cpu else None
         record: Record = {
             "where": "handler",
             "server": None,
@@ -423,6 +433,14 @@ def ask_all(started: dict[str, Child], name: str, *arguments: Any) -> dict[str, 
     for child in started.values():
         child.tell(name, *arguments)
     return {name: child.answer() for name, child in started.items()}
+
+
+def count_entries(
+    contenders: Sequence[Contender], workload: Workload, environ: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    """Count the functions that a request enters, in children of their own, for each contender that serves requests."""
+    with children([each for each in contenders if each.interface != "call"], workload, environ) as started:
+        return ask_all(started, "entries")
 
 
 def count_syscalls(started: dict[str, Child], requests: int) -> dict[str, float | None]:

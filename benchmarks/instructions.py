@@ -1,6 +1,7 @@
-"""Counts the instructions that a sync request executes, with valgrind, for `python -m benchmarks` and for a test.
+"""Counts the instructions that a request executes, with valgrind, for `python -m benchmarks` and for a test.
 
-They tell the same on every machine, busy or not, where a clock does not. Knows what `tests.instructions_app` prints.
+They tell the same on every machine, busy or not, where a clock does not. Knows what `benchmarks.instructions_app`
+prints.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FEW, MANY = 20, 60
 
 #: By the workload's name here: its name in the app, and how many seeds it takes for a mean that stands.
-COUNTED = {"sync_bare": ("bare", 4), "sync_default": ("default", 8)}
+COUNTED = {"sync_bare": ("bare", 4), "sync_default": ("default", 8), "async_view": ("async", 2)}
 
 
 def missing() -> str:
@@ -45,7 +46,7 @@ def _per_request(name: str, seed: int) -> dict[str, float]:
     valgrind = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
     arguments = (name, str(seed), str(FEW), str(MANY))
     ran = subprocess.run(
-        [*valgrind, sys.executable, "-m", "tests.instructions_app", *arguments],
+        [*valgrind, sys.executable, "-m", "benchmarks.instructions_app", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

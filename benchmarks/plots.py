@@ -21,22 +21,20 @@ Record = Mapping[str, Any]
 INK = "#7b8087"
 COLOURS = {
     "stock": INK,
-    "own": "#3d8fd1",
+    "request": "#3d8fd1",
     "process": "#1f9e77",
-    "request": "#d9822b",
     "asgi": "#b565a7",
     "a2wsgi": "#a08c5b",
     "single_thread_context": INK,
     "shared_loop": INK,
 }
 DASHES: dict[str, tuple[float, ...]] = {"single_thread_context": (5, 2), "shared_loop": (1, 1.5)}
-OURS = ("own", "process", "request")
+OURS = ("request", "process")
 #: What the drawings call them, where they have little room.
 SHORT = {
     "stock": "Django's handler",
-    "own": "own thread",
+    "request": "request",
     "process": "process",
-    "request": "request thread",
     "asgi": "ASGIHandler",
     "a2wsgi": "a2wsgi",
     "single_thread_context": "single-thread context",
@@ -47,12 +45,15 @@ TITLES = {
     "sync_default": "sync view, default middleware",
     "async_view": "async view",
     "stack": "async middleware, receivers and view",
+    "async_to_sync": "3 async_to_sync calls in a sync view",
     "calls": "5 awaited sync calls that do nothing",
     "orm_sqlite": "5 awaited queries, SQLite",
+    "orm_sync_sqlite": "5 queries in a sync view, SQLite",
     "orm_postgresql": "5 awaited queries, PostgreSQL",
+    "gather": "a sync call of 0.1 s beside ten waits",
     "fanout": "10 concurrent HTTP calls",
     "redis": "5 awaited gets from Redis",
-    "stream": "async stream of 50 MB",
+    "stream": "async stream of 50 MB (CPU time)",
     "growth": "aiterator()",
 }
 STYLE: dict[Any, Any] = {
@@ -103,12 +104,13 @@ def _of(records: Sequence[Record], where: str) -> dict[str, list[Record]]:
 
 
 def ratios(records: Sequence[Record]) -> Figure | None:
-    """Draw each contender's time per request against that of Django's handler; None without figures."""
-    shown = ("own", "process", "request", "asgi", "a2wsgi")
+    """Draw the time per request (of `stream` the CPU time) against that of Django's handler; None without figures."""
+    shown = ("request", "process", "asgi", "a2wsgi")
     panels: dict[str, list[Bar]] = {}
     for workload, found in _of(records, "handler").items():
         figures = {record["contender"]: record["figures"] for record in found}
-        values = {name: figures[name].get("ratio_to_stock") for name in shown if name in figures}
+        figure = "cpu_ratio_to_stock" if workload == "stream" else "ratio_to_stock"
+        values = {name: figures[name].get(figure) for name in shown if name in figures}
         bars = [Bar(SHORT[name], value, COLOURS[name]) for name, value in values.items() if value is not None]
         if bars:
             panels[workload] = bars
@@ -120,9 +122,8 @@ def rps(records: Sequence[Record]) -> Figure | None:
     """Draw the requests per second of each contender's first server; None without figures."""
     shown = {
         ("gunicorn gthread", "stock"): "Django's handler",
-        ("gunicorn gthread", "own"): "own thread",
+        ("gunicorn gthread", "request"): "request",
         ("gunicorn gthread", "process"): "process",
-        ("gunicorn gthread", "request"): "request thread",
         ("gunicorn asgi", "asgi"): "gunicorn asgi",
         ("uvicorn", "asgi"): "uvicorn",
     }

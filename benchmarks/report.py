@@ -20,37 +20,64 @@ SUMMARY = Path(__file__).with_name("summary.md")
 Record = Mapping[str, Any]
 Figures = Mapping[str, float | None]
 
-#: wsgi-loop's modes: their headings.
-MODES = {"own": "own thread", "process": "process", "request": "on the request thread"}
+#: wsgi-loop's scopes: their headings.
+SCOPES = {"request": "request", "process": "process"}
 
 INSTRUCTIONS, HANDLER, SERVER = "instructions", "handler", "server"
 GTHREAD, GUNICORN_ASGI = "gunicorn gthread", "gunicorn asgi"
 
+RATIO, CPU_RATIO, GROWTH = "ratio_to_stock", "cpu_ratio_to_stock", "growth"
 
-class Target(NamedTuple):
-    """What wsgi-loop is to reach: a figure of a workload that may be at most so much in each of the `MODES`."""
 
-    title: str
-    where: str
+class Row(NamedTuple):
+    """A figure of a workload, and the most that it should be in each of the `SCOPES`; None where nobody said."""
+
     workload: str
-    figure: str
-    most: tuple[float, float, float]
+    most: tuple[float | None, float | None] = (None, None)
+    where: str = HANDLER
+    figure: str = RATIO
+
+    @property
+    def title(self) -> str:
+        what = {INSTRUCTIONS: " (instructions)", CPU_RATIO: " (CPU time)", GROWTH: ": growth"}
+        return f"{WORKLOADS[self.workload].title}{what.get(self.where) or what.get(self.figure, '')}"
+
+    def of_stock(self, figures: Figures) -> str:
+        """What the ratios are to, out of stock's figures; its growth, which is a ratio as theirs are."""
+        if self.where == INSTRUCTIONS:
+            return INSTRUCTION_COLUMNS[0].write(figures)
+        if self.figure == GROWTH:
+            return GROWTH_COLUMN.write(figures)
+        written = Column("ms", (CPU if self.figure == CPU_RATIO else MEDIAN).figure, ",.2f", 1000).write(figures)
+        return written and f"{written} ms"
 
 
-TARGETS = (
-    Target("sync view, bare (instructions)", INSTRUCTIONS, "sync_bare", "ratio_to_stock", (1.06, 1.06, 1.06)),
-    Target(
-        "sync view, default middleware (instructions)",
-        INSTRUCTIONS,
-        "sync_default",
-        "ratio_to_stock",
-        (1.02, 1.02, 1.02),
-    ),
-    Target("async view", HANDLER, "async_view", "ratio_to_stock", (0.70, 0.42, 0.45)),
-    Target("stack", HANDLER, "stack", "ratio_to_stock", (0.50, 0.42, 0.30)),
-    Target("ORM, 5 queries (SQLite)", HANDLER, "orm_sqlite", "ratio_to_stock", (0.85, 0.70, 0.45)),
-    Target("5 sync calls that do nothing", HANDLER, "calls", "ratio_to_stock", (0.85, 0.70, 0.45)),
-    Target("growth: request 3,000 against request 100", HANDLER, "growth", "growth", (1.1, 1.1, 1.1)),
+ROWS = (
+    Row("sync_bare", (1.06, 1.06), INSTRUCTIONS),
+    Row("sync_default", (1.02, 1.02), INSTRUCTIONS),
+    Row("async_view", where=INSTRUCTIONS),
+    Row("sync_bare"),
+    Row("sync_default"),
+    Row("async_view", (0.45, 0.42)),
+    Row("stack", (0.30, 0.42)),
+    Row("async_to_sync"),
+    Row("calls", (0.45, 0.70)),
+    Row("orm_sqlite", (0.45, 0.70)),
+    Row("orm_sync_sqlite"),
+    Row("orm_postgresql"),
+    Row("gather"),
+    Row("fanout"),
+    Row("redis"),
+    Row("stream", figure=CPU_RATIO),
+    Row("growth", (1.1, 1.1), figure=GROWTH),
+)
+#: Whose ratios stand beside wsgi-loop's: their headings.
+BESIDE = {"asgi": "ASGI", "a2wsgi": "a2wsgi"}
+
+#: A workload of async code, and that of sync code which it is held against: their headings.
+AGAINST_SYNC = (
+    ("async_view", "async view", "sync_bare", "sync view"),
+    ("orm_sqlite", "5 queries, awaited", "orm_sync_sqlite", "5 queries, sync"),
 )
 
 
@@ -71,16 +98,24 @@ class Column(NamedTuple):
 HANDLER_COLUMNS = (
     Column("median µs", "median_us", ",.0f"),
     Column("p99 µs", "p99_us", ",.0f"),
-    Column("to stock", "ratio_to_stock", ".2f"),
+    Column("to stock", RATIO, ".2f"),
     Column("to the floor", "ratio_to_floor", ".1f"),
     Column("CPU µs", "cpu_us", ",.0f"),
+    Column("CPU to stock", CPU_RATIO, ".2f"),
     Column("threads started", "threads", ".2f"),
     Column("loops made", "loops", ".2f"),
     Column("system calls", "syscalls", ",.0f"),
     Column("memory MB", "memory_mb", ",.1f"),
 )
-GROWTH_COLUMN = Column("growth", "growth", ".2f")
-INSTRUCTION_COLUMNS = (Column("instructions", "instructions", ",.0f"), Column("to stock", "ratio_to_stock", ".4f"))
+GROWTH_COLUMN = Column("growth", GROWTH, ".2f")
+INSTRUCTION_COLUMNS = (Column("instructions", "instructions", ",.0f"), Column("to stock", RATIO, ".4f"))
+MEDIAN, CPU = HANDLER_COLUMNS[0], HANDLER_COLUMNS[4]
+ENTRY_COLUMNS = (
+    Column("entries", "entries", ",.0f"),
+    Column("functions", "functions", ",.0f"),
+    Column("modules", "modules", ",.0f"),
+    Column("entries of asgiref", "asgiref_entries", ",.0f"),
+)
 SERVER_COLUMNS = (
     Column("requests/s", "rps", ",.1f"),
     Column("p50 ms", "p50_us", ",.1f", 1000),
@@ -97,6 +132,9 @@ an order that is shuffled each round. A time spans the call, the whole body and 
 medians to Django's own handler, *to the floor* that to one call to an idle loop that runs on another thread. Threads,
 loops and system calls are counted per request, in the steady state and apart from the times; memory is by how much the
 process's peak has grown. *growth* is the median of the last 50 of 3,000 requests to that of requests 51 to 100.
+
+*CPU* is what all threads of the process take for a request, after the answer too, and *CPU to stock* its ratio. Of the
+stream it is what counts: how long the stream takes is up to the client who reads it.
 
 **Over HTTP**, wrk keeps 32 requests under way to two workers (gthread: of 16 threads each), for each turn to a server
 that was started for it and has answered 64 requests. Each request has a connection of its own: those that are kept stay
@@ -182,6 +220,7 @@ def text(runs: Sequence[Run], drawings: Mapping[str, Sequence[str]], summary: st
         parts += [f"## {run.title}", machine(run), *_left_out(run)]
         parts += [_drawing(run, name) for name in drawings[run.stem]]
         parts += ["### Where wsgi-loop loses", losses(run)]
+        parts += [*against_sync(run), *entries(run)]
         parts += _tables(run)
     return "\n\n".join(parts) + "\n"
 
@@ -208,18 +247,29 @@ def targets(runs: Sequence[Run]) -> list[str]:
         if not run.is_at_handler:
             continue
         rows = []
-        for target in TARGETS:
-            cells = []
-            for mode, most in zip(MODES, target.most, strict=True):
-                value = run.figures(target.where, target.workload, mode).get(target.figure)
-                cells.append(_reached(value, most))
-            rows.append([target.title, *cells])
-        parts += [f"{run.title}:", _table(["workload", *MODES.values()], rows)]
+        for row in ROWS:
+            figures = {
+                name: run.figures(row.where, row.workload, name) for name in itertools.chain(["stock"], SCOPES, BESIDE)
+            }
+            rows.append(
+                [
+                    row.title,
+                    row.of_stock(figures["stock"]),
+                    *(
+                        _reached(figures[scope].get(row.figure), most)
+                        for scope, most in zip(SCOPES, row.most, strict=True)
+                    ),
+                    *(Column("", row.figure, ".2f").write(figures[name]) for name in BESIDE),
+                ]
+            )
+        parts += [f"{run.title}:", _table(["workload", "stock", *SCOPES.values(), *BESIDE.values()], rows)]
     return parts
 
 
-def _reached(value: float | None, most: float) -> str:
-    """The value beside its target: of as many digits as tell on which side of it it is."""
+def _reached(value: float | None, most: float | None) -> str:
+    """The value beside the most that it should be: of as many digits as tell on which side of it it is."""
+    if most is None:
+        return "" if value is None else f"{value:.2f}"
     if value is None:
         return f"not measured (≤ {most:.2f})"
     written = f"{value:.3f}" if most > 1 else f"{value:.2f}"
@@ -259,21 +309,21 @@ def _left_out(run: Run) -> list[str]:
 
 
 def losses(run: Run) -> str:
-    """Each workload and mode in which wsgi-loop does worse than a rival, by the run's numbers, however little.
+    """Each workload and scope in which wsgi-loop does worse than a rival, by the run's numbers, however little.
 
     With uvloop it is compared with an ASGI worker that has it too.
     """
     rows = []
-    for workload, (mode, title), (suffix, on) in itertools.product(
-        WORKLOADS, MODES.items(), (("", ""), ("_uvloop", ", uvloop"))
+    for workload, (scope, title), (suffix, on) in itertools.product(
+        WORKLOADS, SCOPES.items(), (("", ""), ("_uvloop", ", uvloop"))
     ):
-        ours = run.figures(HANDLER, workload, f"{mode}{suffix}")
+        ours = run.figures(HANDLER, workload, f"{scope}{suffix}")
         compared = [
             (column, f"at the handler, {rival}", ours, run.figures(HANDLER, workload, rival))
-            for column in HANDLER_COLUMNS[:1]
+            for column in ((MEDIAN, CPU) if workload == "stream" else (MEDIAN,))
             for rival in ("stock", "asgi", "a2wsgi")
         ]
-        ours = run.figures(SERVER, workload, f"{mode}{suffix}", GTHREAD)
+        ours = run.figures(SERVER, workload, f"{scope}{suffix}", GTHREAD)
         compared += [
             (column, f"{server}, {rival}", ours, run.figures(SERVER, workload, rival, server))
             for column in LOSING_COLUMNS
@@ -290,10 +340,45 @@ def losses(run: Run) -> str:
 
 def _lost(figure: str, ours: Figures, theirs: Figures) -> float | None:
     """The ratio of our figure to theirs, if it is worse."""
-    here, there = ours.get(figure), theirs.get(figure)
-    if here is None or there is None or not (here < there if figure == "rps" else here > there):
+    ratio = _ratio(figure, ours, theirs)
+    if ratio is None or not (ratio < 1 if figure == "rps" else ratio > 1):
         return None
-    return here / there
+    return ratio
+
+
+def _ratio(figure: str, ours: Figures, theirs: Figures) -> float | None:
+    here, there = ours.get(figure), theirs.get(figure)
+    return None if here is None or there is None else here / there
+
+
+def against_sync(run: Run) -> list[str]:
+    """What async code costs beside the same in a sync view, with each contender: none without figures."""
+    rows = []
+    for name, contender in CONTENDERS.items():
+        cells: list[str] = []
+        for workload, _, sync, _ in AGAINST_SYNC:
+            here, there = (run.figures(HANDLER, each, name) for each in (workload, sync))
+            ratio = _ratio(MEDIAN.figure, here, there)
+            cells += [MEDIAN.write(there), MEDIAN.write(here), "" if ratio is None else f"{ratio:.2f}"]
+        if contender.interface != "call" and any(cells):
+            rows.append([contender.title, *cells])
+    if not rows:
+        return []
+    headings = [[f"{sync}, µs", f"{title}, µs", "ratio"] for _, title, _, sync in AGAINST_SYNC]
+    return ["### Against a sync view", _table(["", *itertools.chain(*headings)], rows)]
+
+
+def entries(run: Run) -> list[str]:
+    """How many functions of wsgi-loop are in the way of a request: none without figures."""
+    found = [each for name in WORKLOADS for each in run.of(HANDLER, name) if "entries" in each["figures"]]
+    if not found:
+        return []
+    rows = [[_title(record), *(column.write(record["figures"]) for column in ENTRY_COLUMNS)] for record in found]
+    return [
+        "### Functions of wsgi-loop that one warm async view enters",
+        "An entry is a call, or a step of a coroutine, on any thread.",
+        _table(["", *(column.heading for column in ENTRY_COLUMNS)], rows),
+    ]
 
 
 def _tables(run: Run) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth.models import User
 from django.core.signals import request_finished, request_started
 from django.db import connection
@@ -39,6 +40,16 @@ async def async_view(request: HttpRequest) -> HttpResponse:
     return HttpResponse("plain")
 
 
+async def nothing() -> None:
+    pass
+
+
+def calls_of_async(request: HttpRequest) -> HttpResponse:
+    for _ in range(3):
+        async_to_sync(nothing)()
+    return HttpResponse("plain")
+
+
 async def calls(request: HttpRequest) -> HttpResponse:
     return HttpResponse(str(sum([await sync_to_async(int)("1") for _ in range(5)])))
 
@@ -49,6 +60,25 @@ async def orm(request: HttpRequest) -> HttpResponse:
     third = await User.objects.aget(username="user1")
     assert first == second != third
     return HttpResponse(str(await User.objects.acount() + await User.objects.acount()))
+
+
+def sync_orm(request: HttpRequest) -> HttpResponse:
+    """The queries of `orm`, in a sync view."""
+    first = User.objects.get(username="user0")
+    second = User.objects.get(pk=first.pk)
+    third = User.objects.get(username="user1")
+    assert first == second != third
+    return HttpResponse(str(User.objects.count() + User.objects.count()))
+
+
+async def gather(request: HttpRequest) -> HttpResponse:
+    await asyncio.gather(sync_to_async(time.sleep)(0.1), _wait_ten_times())
+    return HttpResponse("plain")
+
+
+async def _wait_ten_times() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0.01)
 
 
 def http_client() -> httpx.AsyncClient:
@@ -104,8 +134,11 @@ async def growth(request: HttpRequest) -> HttpResponse:
 urlpatterns = [
     path("sync/", sync_view),
     path("async/", async_view),
+    path("async-to-sync/", calls_of_async),
     path("calls/", calls),
     path("orm/", orm),
+    path("orm-sync/", sync_orm),
+    path("gather/", gather),
     path("fanout/", fanout),
     path("redis/", redis),
     path("stream/", stream),

@@ -46,6 +46,7 @@ class Workload:
     database: "sqlite" or "postgresql". needs: the services that have to run, "redis" and "postgresql".
     rounds, quick_rounds: how many turns each contender has, in a full and in a quick run. In each turn `cold` requests
     are made and not counted, and then `counted` ones.
+    over_http: whether servers are loaded with it where nobody asks for it by name.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Workload:
     needs: tuple[str, ...] = ()
     cold: int = 1
     counted: int = 1
+    over_http: bool = True
 
     @property
     def expected_size(self) -> int:
@@ -79,8 +81,26 @@ _ALL = (
         30,
         middleware="stack",
     ),
+    Workload(
+        "async_to_sync",
+        "3 async_to_sync calls in a sync view",
+        "/async-to-sync/",
+        b"plain",
+        600,
+        30,
+        over_http=False,
+    ),
     Workload("calls", "5 awaited sync_to_async calls that do nothing", "/calls/", b"5", 600, 30),
     Workload("orm_sqlite", "5 awaited queries, SQLite", "/orm/", b"20", 500, 30),
+    Workload(
+        "orm_sync_sqlite",
+        "the same 5 queries in a sync view, SQLite",
+        "/orm-sync/",
+        b"20",
+        500,
+        30,
+        over_http=False,
+    ),
     Workload(
         "orm_postgresql",
         "5 awaited queries, PostgreSQL",
@@ -90,6 +110,17 @@ _ALL = (
         20,
         database="postgresql",
         needs=("postgresql",),
+    ),
+    # It takes 0.1 s, beside which what others leave in the processor's caches is nothing.
+    Workload(
+        "gather",
+        "a sync call of 0.1 s beside ten waits of 10 ms",
+        "/gather/",
+        b"plain",
+        8,
+        1,
+        counted=2,
+        over_http=False,
     ),
     Workload("fanout", "10 concurrent HTTP calls of 20 ms", "/fanout/", b"10", 30, 2),
     Workload("redis", "5 gets from Redis", "/redis/", b"value" * 5, 300, 20, needs=("redis",)),

@@ -429,6 +429,9 @@ def test_an_after_close_hook(mysite: Site) -> None:
 
 # --- the tutorial ------------------------------------------------------------------------------------------------
 
+#: What the tutorial says that its terminal shows.
+FORGOTTEN = "GET '/forget/': ended while 1 of its tasks still ran, which are cancelled: forgotten running"
+
 
 class Reader:
     """Does what the tutorial says, word by word; its servers on free ports, and restarted when a file has changed.
@@ -492,6 +495,9 @@ class Reader:
             )
             assert done.returncode == 0, line
             self.output = done.stdout
+            if "/forget/" in line:
+                # A client has its answer before the server closes the response. To restart it cuts that off.
+                eventually(lambda: any(FORGOTTEN in server.log() for server in self.logs), 30)
 
     def serve(self, command: list[str]) -> None:
         if self.site is not None:
@@ -521,6 +527,4 @@ def test_the_tutorial(tmp_path: Path) -> None:
         logs = [server.log() for server in reader.logs]
     assert compared == 7
     assert any("RuntimeError: Event loop is closed" in log for log in logs)
-    assert "GET '/forget/': ended while 1 of its tasks still ran, which are cancelled: forgotten running" in "".join(
-        logs
-    )
+    assert any(FORGOTTEN in log for log in logs)

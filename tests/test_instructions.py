@@ -22,7 +22,7 @@ def test_a_sync_request_executes_hardly_more_instructions_than_stock(
         pytest.skip(reason)
     counted = instructions.per_request(workload)
     stock = counted.pop("stock")
-    assert counted.keys() == {"own", "process", "request"}
+    assert counted.keys() == {"process", "request"}
     told = f"{workload}: stock {stock:,.0f} instructions a request" + "".join(
         f", {mode} {ours:,.0f} ({ours / stock:.4f} times)" for mode, ours in counted.items()
     )

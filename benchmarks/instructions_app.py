@@ -1,6 +1,6 @@
-"""Serve sync requests in forked children: what `benchmarks.instructions` counts the instructions of.
+"""Serve requests in forked children: what `benchmarks.instructions` counts the instructions of.
 
-python -m tests.instructions_app bare|default SEED FEW MANY
+python -m benchmarks.instructions_app bare|default|async SEED FEW MANY
 
 Prints a line for each child, `PID HANDLER REQUESTS`.
 """
@@ -77,7 +77,11 @@ def plain(request: HttpRequest) -> HttpResponse:
     return HttpResponse("plain")
 
 
-urlpatterns = [path("", plain)]
+async def async_plain(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("plain")
+
+
+urlpatterns = [path("", plain), path("async/", async_plain)]
 
 
 def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
@@ -126,11 +130,10 @@ def main(workload: str, seed: int, *counts: int) -> None:
     # All that is imported is imported here, so that the children differ in nothing but what serves.
     handlers = {
         "stock": DjangoHandler(),
-        "own": WSGIHandler(),
+        "request": WSGIHandler(),
         "process": WSGIHandler(scope="process"),
-        "request": WSGIHandler(thread="request"),
     }
-    environ = BROWSER if default else BARE
+    environ = {"bare": BARE, "default": BROWSER, "async": BARE | {"PATH_INFO": "/async/"}}[workload]
     shuffle_classes(seed)
     for which, handler in handlers.items():
         for requests in counts:
