@@ -97,23 +97,24 @@ class RequestScope:
         """
         thread = threadlocal.__dict__
         context = self._context
+        found = None
         if context is None:
             return contextvars.copy_context().run(function, *args)
-        if thread.get(SCOPE, thread.get(LOOP)) is self:
-            return function(*args)
-        if thread is not self._home:
-            moved = enter_here(context, self.per_thread())
-            if moved is context:
-                self._home = thread
-            context = moved
-        # Nothing of what is found shows in between: `task_context`, above all, would tie loop calls to whatever
-        # `sync_to_async` call has last run on this thread.
-        found = thread.copy() if thread else None
-        if found:
-            thread.clear()
-        thread[LOOP] = self
-        thread[LOOP_PID] = forks.pid
+        if thread:
+            if thread.get(SCOPE, thread.get(LOOP)) is self:
+                return function(*args)
+            found = thread.copy()
         try:
+            # Nothing of what is found shows in between: `task_context`, above all, would tie loop calls to whatever
+            # `sync_to_async` call has last run on this thread.
+            thread.clear()
+            if thread is not self._home:
+                moved = enter_here(context, self.per_thread())
+                if moved is context:
+                    self._home = thread
+                context = moved
+            thread[LOOP] = self
+            thread[LOOP_PID] = forks.pid
             if self.calls is not None:
                 thread[SCOPE] = self
                 if not self.calls.executor.jobs.empty():
@@ -134,7 +135,9 @@ class RequestScope:
         try:
             self.run(function, argument)
         finally:
-            self.close()
+            self._context = None
+            if self.calls is not None:
+                self.close()
 
     def close(self) -> None:
         """Close the request's loop, if it has one, and let go of its context. Further calls do nothing."""
