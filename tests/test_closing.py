@@ -18,7 +18,6 @@ from django.contrib.auth.models import User
 from django.core.signals import request_finished
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 
-
 from .conftest import Connect
 from .support import Place, call_here, environ, eventually, here, in_thread, loop_threads, serve
 

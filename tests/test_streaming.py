@@ -26,8 +26,8 @@ from django.db import connection
 from django.http import HttpResponse, StreamingHttpResponse
 
 from wsgi_loop import process
-from wsgi_loop.responses import call_after_close
 from wsgi_loop.bridge.storage import scope_here
+from wsgi_loop.responses import call_after_close
 
 from .conftest import Connect
 from .support import Place, Server, call_here, eventually, here, in_child, in_thread, serve

@@ -39,9 +39,8 @@ def close_unbegun(awaitable: Any) -> None:
 
     Another awaitable is left alone: its `close()` may be anything, such as that of a connection.
     """
-    if asyncio.iscoroutine(awaitable) and getattr(awaitable, "cr_frame", None) is not None:
-        if inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED:
-            awaitable.close()
+    if inspect.iscoroutine(awaitable) and inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED:
+        awaitable.close()
 
 
 def are_same(a: contextvars.Context, b: contextvars.Context) -> bool:
@@ -280,7 +279,7 @@ class RequestTask:
             # The task, its coroutine and the future that it waits for hold each other.
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             self._next_call.cancel()
-            task.get_coro().close()  # type: ignore[union-attr]
+            task.get_coro().close()
 
     async def _serve(self) -> None:
         """Run one loop call after another.

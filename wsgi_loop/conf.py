@@ -30,9 +30,9 @@ ACCEPTED = {"SCOPE": ("request", "process")}
 class Options:
     """How requests get their event loops.
 
-    scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop waits
-    for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs. max_background_tasks:
-    how many may be in flight in a process.
+    scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop
+    waits for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs.
+    max_background_tasks: how many may be in flight in a process.
     """
 
     scope: str

@@ -58,7 +58,7 @@ class ProcessLoop(RunningLoop):
     def start(self) -> None:
         """Start the loop's thread. Raises RuntimeError if it can not be started."""
         self.post(self._open_soon, context=contextvars.Context())
-        self.promote()
+        super().start()
 
     def start_background_task(
         self,

@@ -24,13 +24,14 @@ from asgiref.sync import async_to_sync
 
 from . import forks
 from .bridge import watching
-from .bridge.executor import CURRENT, Executor, enclosing_executor, loop_executors
+from .bridge.executor import CURRENT, Executor, enclosing_executor
 from .bridge.storage import LOOP, LOOP_PID, SCOPE, enter_here, is_taken, scope_here, take_apart, threadlocal
 from .calls import END, LoopCall, NoLoop, RequestTask, are_same, close_unbegun, name_of
 from .conf import Options
-from .loops import RequestLoop, RunningLoop
+from .loops import RunningLoop
 from .process import get_process_loop
 from .process_loop import ProcessLoop
+from .request_loop import RequestLoop
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -222,11 +223,7 @@ class RequestCalls:
         #: What the context held in which the last outermost call was made, when the call had ended.
         self._seen: contextvars.Context | None = None
         self._closes_soon = False
-        if isinstance(running, RequestLoop):
-            # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
-            loop_executors[running.loop] = self.executor
-            if not running.can_run_by_hand:
-                running.promote()
+        running.begin(self.executor)
 
     @property
     def owner(self) -> str:
@@ -256,8 +253,8 @@ class RequestCalls:
     ) -> LoopCall:
         """Run a coroutine as a loop call, and on this thread what that needs to run here.
 
-        named, task_context, is_step, is_end: as `LoopCall` has them. hand_on: where to put the caller's context. timeout:
-        seconds after which the call is waited for no longer. Raises NoLoop when the loop takes no more calls.
+        named, task_context, is_step, is_end: as `LoopCall` has them. hand_on: where to put the caller's context.
+        timeout: seconds after which the call is waited for no longer. Raises NoLoop when the loop takes no more calls.
         """
         running = self.running
         free = self._free
@@ -277,7 +274,7 @@ class RequestCalls:
             is_in_line = is_outermost and self._seen is not None and are_same(caller, self._seen)
             call = LoopCall(coroutine, named, executor, caller, is_in_line, task_context, is_step, is_end)
             task = self._task
-            if not is_end and running.take():
+            if isinstance(running, RequestLoop) and running.take():
                 try:
                     running.drive(call, task)
                 finally:
@@ -285,7 +282,7 @@ class RequestCalls:
             else:
                 running.hand_over(call, task)
             if call.is_done or executor.serve_until(call, timeout):
-                if call.before is not None and not are_same(call.before, call.context):
+                if call.before and call.context and not are_same(call.before, call.context):
                     call.bring_back()
                 if is_outermost:
                     self._seen = contextvars.copy_context()
@@ -329,13 +326,12 @@ class RequestCalls:
         """
         running = self.running
         # The generator itself may close its response: its thread can not wait for itself.
-        if self.is_inherited() or self._is_inside():
+        if self.is_inherited() or running.is_inside():
             return
-        # A bound holds only where another thread runs what it bounds.
-        running.promote()
-        call = self.wait(
-            running.end_body(iterator, self.owner), iterator, is_end=True, timeout=2 * running.timeout
-        )
+        if isinstance(running, RequestLoop):
+            # A bound holds only where another thread runs what it bounds.
+            running.promote()
+        call = self.wait(running.end_body(iterator, self.owner), iterator, is_end=True, timeout=2 * running.timeout)
         if not call.is_done and isinstance(running, RequestLoop):
             # Leaving the process loop will tell: it is not this request's to give up.
             running.give_up()
@@ -348,7 +344,7 @@ class RequestCalls:
         self._closed = True
         if self.pid != forks.pid and self.is_inherited():
             return
-        if not self._is_inside():
+        if not self.running.is_inside():
             self._finish()
         elif self.running.is_promoted:
             self.running.leave_soon(self._task)
@@ -363,11 +359,6 @@ class RequestCalls:
             self.running.leave(self._task, self.executor)
         finally:
             self.executor.quit()
-
-    def _is_inside(self) -> bool:
-        """Tell if this thread is in the middle of what it would wait for."""
-        running = self.running
-        return running.thread_id == get_ident() or (running.depth > 0 and running.driver == get_ident())
 
     def is_inherited(self) -> bool:
         """Tell if this was made before a fork: what it stands for is the parent's."""
@@ -443,7 +434,8 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
         raise
     except BaseException as exc:
         # Not raised here: asgiref would take a RuntimeError for a closed loop, and begin anew.
-        failure, result = exc, None
+        failure: BaseException | None = exc
+        result = None
     else:
         failure, result = call.exception, call.result
     if is_plain:

@@ -2,9 +2,9 @@
 
 `async_to_sync` looks for a running loop in thread-locals of `SyncToAsync`. A request's scope stands there in place of a
 loop. So each call of async_to_sync arrives as asgiref's own coroutine (`AsyncToSync.main_wrap`) at the scope's
-`call_soon_threadsafe`, on the thread that makes the call. The call is done when that method returns: asgiref then finds
-the answer, and waits for nothing. Once sync code has run below async code, asgiref hands calls to the loop itself, whose
-`call_soon_threadsafe` leads to the same place.
+`call_soon_threadsafe`, on the thread that makes the call. The call is done when that method returns. asgiref then finds
+the answer, and waits for nothing. Below async code asgiref hands calls to the loop itself, whose `call_soon_threadsafe`
+leads to the same place.
 
 Thread-sensitive calls arrive at the loop's `run_in_executor`, with the `Executor` that their context holds.
 

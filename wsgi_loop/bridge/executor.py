@@ -38,7 +38,7 @@ class Executor(CurrentThreadExecutor):
 
     A `SimpleQueue` takes no lock of Python's, so a finalizer or a signal handler may come at any moment.
 
-    owner, options: those of the request. outer: the enclosing executor. wake: called, on any thread, when there is work.
+    owner, options: those of the request. outer: the enclosing executor. wake: called on any thread, when there is work.
     """
 
     # For asgiref's own executors, which walk down to this one.
@@ -61,7 +61,7 @@ class Executor(CurrentThreadExecutor):
         self.storage = _Storage(self.thread_id, {"current": self})
 
     @property
-    def _work_thread(self) -> Any:
+    def _work_thread(self) -> Any:  # type: ignore[override]
         """asgiref's `submit` compares it with the current thread, and refuses work of the thread that waits."""
         return threading.current_thread() if get_ident() == self.thread_id else None
 
@@ -73,11 +73,11 @@ class Executor(CurrentThreadExecutor):
         return executor
 
     @property
-    def _old_executor(self) -> Any:
+    def _old_executor(self) -> Any:  # type: ignore[override]
         return self.outer
 
     @property
-    def _broken(self) -> Any:
+    def _broken(self) -> Any:  # type: ignore[override]
         if self.over and self.outer is None:
             raise RuntimeError(
                 f"{self.owner} is over, and with it its thread for thread-sensitive calls (sync_to_async, the ORM), "
@@ -87,7 +87,7 @@ class Executor(CurrentThreadExecutor):
         return self.over
 
     @property
-    def _work_items(self) -> Any:
+    def _work_items(self) -> Any:  # type: ignore[override]
         return self
 
     def append(self, item: Any) -> None:

@@ -24,9 +24,9 @@ from django.http.response import HttpResponseBase
 
 from ..bridge.storage import scope_here
 from ..bridge.watching import WatchedCall, watch_calls
+from ..responses import call_after_close
 from .recording import Numbers
 from .report import own_calls, own_left_over_tasks
-from ..responses import call_after_close
 
 ROW = 30
 LANE = 16

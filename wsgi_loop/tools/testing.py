@@ -23,8 +23,8 @@ from django.test import client, testcases
 from ..calls import END
 from ..conf import Options, get_options
 from ..handler import HTTPScope, WSGIHandler, _kept_connections, _prepare_thread
-from .recording import LoopCallRecord, LoopCalls, record_loop_calls
 from ..responses import ScopedIterator, serve_in
+from .recording import LoopCallRecord, LoopCalls, record_loop_calls
 
 __all__ = [
     "Client",
