@@ -223,9 +223,11 @@ class RunningLoop:
         """Take no more calls, and let those that run go. Logs what they are."""
         # Whoever else notices goes on only when it has been logged.
         with self._giving_up:
-            if self._given_up or self._stopped:
-                return
-            self._given_up = True
+            with self._lock:
+                if self._given_up or self._stopped:
+                    return
+                self._given_up = True
+                self._accepting = False
             left = [task for task in self._left_overs() if task.get_name() != _SHUT_DOWN]
             logger.error(
                 "%s: gave up its event loop, because after %s s (SHUTDOWN_TIMEOUT) this was still running: %s. Let a "

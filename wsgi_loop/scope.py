@@ -420,17 +420,21 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
     call_result, exc_info, task_context, context, awaitable = take_apart(coroutine)
     # asgiref's own coroutine does what is needed for the others: it raises what its caller is handling, in the task.
     is_plain = calls is not None and exc_info[1] is None and not watching.watchers
-    is_coroutine = asyncio.iscoroutine(awaitable)
+    work = coroutine
+    if is_plain:
+        work = awaitable if asyncio.iscoroutine(awaitable) else _await(awaitable)
     try:
         if calls is None:
             call = _wait_on_other_thread(coroutine, awaitable, context, running)
         elif calls.pid != forks.pid and calls.is_inherited():
             raise NoLoop(f"{calls.owner}: its event loop is the one of the process that was forked")
         elif is_plain:
-            call = calls.wait(awaitable if is_coroutine else _await(awaitable), awaitable, task_context)
+            call = calls.wait(work, awaitable, task_context)
         else:
-            call = calls.wait(coroutine, awaitable, hand_on=context)
+            call = calls.wait(work, awaitable, hand_on=context)
     except NoLoop:
+        if work is not coroutine and work is not awaitable:
+            work.close()
         raise
     except BaseException as exc:
         # Not raised here: asgiref would take a RuntimeError for a closed loop, and begin anew.
@@ -446,6 +450,7 @@ def _call(coroutine: Coroutine[Any, Any, Any], running: RunningLoop, calls: Requ
         if failure is None:
             call_result.set_result(result)
         else:
+            close_unbegun(coroutine)
             close_unbegun(awaitable)
             call_result.set_exception(failure)
 
