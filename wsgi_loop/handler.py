@@ -1,4 +1,4 @@
-"""Django's WSGI handler, with one context, one event loop and one loop thread for each request.
+"""Django's WSGI handler, with one context, one event loop and one task for each request.
 
 Knows Django's handlers. Opens and closes a request's scope, and leaves asyncio and threads to the scope.
 """

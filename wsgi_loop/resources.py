@@ -124,7 +124,7 @@ class Keeper:
 
 
 class Keepers:
-    """The keepers of one loop, in the order in which they were entered. Used on the loop thread alone."""
+    """The keepers of one loop, in the order in which they were entered. Used by whoever runs the loop, alone."""
 
     def __init__(self) -> None:
         #: Nothing can be entered any more.
