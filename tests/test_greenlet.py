@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -19,7 +20,12 @@ async def spawn(function: Callable[[], Any]) -> Any:
     inner = greenlet.greenlet(function)
     result = inner.switch()
     while not inner.dead:
-        result = inner.switch(await result)
+        try:
+            value = await result
+        except BaseException:
+            result = inner.throw(*sys.exc_info())
+        else:
+            result = inner.switch(value)
     return result
 
 
@@ -62,6 +68,5 @@ def test_a_left_over_task_in_a_greenlet_is_ended_by_the_request_thread() -> None
 
     with serve(view) as server:
         server.get()
-    tasks.clear()
     assert server.status == "200 OK"
     assert seen == [threading.get_ident()]
