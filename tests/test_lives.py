@@ -27,7 +27,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,7 +44,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule, run_state_machine_as_test
 
 from wsgi_loop import PerLoop, process
-from wsgi_loop.threads import MAX_IDLE_THREADS, threads
+from wsgi_loop.event_loop import EventLoop
 
 from .support import Server, environ, here, in_thread, loop_threads, serve
 
@@ -135,32 +135,37 @@ class Plan:
     _repr_pretty_ = Act._repr_pretty_
 
 
-PLAIN_ACTS = ("note", "note", "note", "set", "gather", "other thread", "timeout", "resource")
+PLAIN_ACTS = ("note", "note", "note", "set", "timeout", "resource")
+#: Something else can go on while sync code runs, or comes from another thread: a request's loop gets a thread.
+SIDE_BY_SIDE = ("gather", "other thread", "to thread", "post", "bound", "task beside")
 ROUGH_ACTS = ("raise", "raise base", "cancel", "cancel late", "task", "generator", "dropped generator")
 
 
 def some_acts(*names: str, most: int = 3) -> st.SearchStrategy[Acts]:
-    act = st.tuples(st.sampled_from(PLAIN_ACTS + names), st.integers(0, 4)).map(lambda drawn: Act(*drawn))
+    act = st.tuples(st.sampled_from(names), st.integers(0, 4)).map(lambda drawn: Act(*drawn))
     return st.lists(act, max_size=most).map(tuple)
 
 
-rough_acts = some_acts(*ROUGH_ACTS)
+rough_acts = some_acts(*PLAIN_ACTS, *SIDE_BY_SIDE, *ROUGH_ACTS)
 #: Where nobody but the log hears of an exception, or an exception would leave nothing to look at.
-mild_acts = some_acts("cancel", "task")
+mild_acts = some_acts(*PLAIN_ACTS, *SIDE_BY_SIDE, "cancel", "task")
+#: Nothing can go on while sync code runs.
+calm_acts = some_acts("note", "note", "set", "raise", "dropped generator")
 bodies = st.builds(
     Body,
     kind=st.sampled_from(["plain", "file", "sync", "sync", "async", "async", "async", "iterator"]),
-    steps=st.lists(some_acts(*ROUGH_ACTS), max_size=4).map(tuple),
+    steps=st.lists(rough_acts, max_size=4).map(tuple),
     held=st.sampled_from(["nothing", "timeout", "short timeout", "group", "endless group", "cancel scope"]),
     end=st.sampled_from([(), (), (Act("raise"),), (Act("raise base"),)]),
-    in_finally=some_acts("raise", "cancel", "task"),
+    in_finally=some_acts(*PLAIN_ACTS, *SIDE_BY_SIDE, "raise", "cancel", "task"),
 )
+handlers = st.sampled_from(["bare", "sync middleware", "async middleware", "gzip"])
 
 
 def plans(view_acts: st.SearchStrategy[Acts]) -> st.SearchStrategy[Plan]:
     return st.builds(
         Plan,
-        handler=st.sampled_from(["bare", "sync middleware", "async middleware", "gzip"]),
+        handler=handlers,
         is_async=st.booleans(),
         started=mild_acts,
         view=view_acts,
@@ -171,11 +176,27 @@ def plans(view_acts: st.SearchStrategy[Acts]) -> st.SearchStrategy[Plan]:
     )
 
 
-inner_plans = plans(rough_acts)
+calm_plans = st.builds(
+    Plan,
+    handler=handlers,
+    is_async=st.booleans(),
+    started=some_acts("note", "set"),
+    view=calm_acts,
+    body=st.builds(
+        Body,
+        kind=st.sampled_from(["plain", "file", "sync", "async", "iterator"]),
+        steps=st.lists(calm_acts, max_size=4).map(tuple),
+        in_finally=calm_acts,
+    ),
+    after=some_acts("note", "set"),
+    finished=calm_acts,
+    async_finished=st.just(()),
+)
+inner_plans = plans(rough_acts) | calm_plans
 requests_inside = st.builds(
     Act, st.sampled_from(["request", "request left open"]), st.sampled_from([0, 2, 4]), plan=inner_plans
 )
-all_plans = plans(
+all_plans = calm_plans | plans(
     st.tuples(rough_acts, st.none() | st.none() | requests_inside).map(lambda p: (*p[0], *filter(None, p[1:])))
 )
 
@@ -189,6 +210,8 @@ class Life:
     #: Where its loop calls ran that the request thread made outside of any other, and those below them.
     direct: set[tuple[Any, ...]] = field(default_factory=set)
     nested: set[tuple[Any, ...]] = field(default_factory=set)
+    #: The thread that its loop was promoted to.
+    loop_thread: int | None = None
     #: The threads that a server is in it with.
     inside: list[int] = field(default_factory=list)
     #: Acts that were begun and have not ended. A set is changed by one operation that no other thread gets between.
@@ -213,6 +236,19 @@ class Life:
     is_disturbed: bool = False
     #: The next step of its body waits until it is cut off.
     hold: threading.Event | None = None
+
+    @property
+    def is_calm(self) -> bool:
+        """Tell if nothing in it can go on while its sync code runs."""
+        plan, body = self.plan, self.plan.body
+        acts = (*plan.started, *plan.view, *plan.after, *plan.finished, *sum(body.steps, ()), *body.in_finally)
+        # The end of an async body that was not read to its end is waited for within a bound.
+        return (
+            body.kind in ("plain", "file", "sync")
+            and not plan.async_finished
+            and not body.end
+            and ({act.name for act in acts} <= {"note", "set", "raise", "request", "request left open"})
+        )
 
     @property
     def is_certain(self) -> bool:
@@ -284,11 +320,19 @@ async def note(life: Life, is_direct: bool) -> None:
     place = await here()
     if life.is_certain:
         life.require(not place.loop.is_closed(), "the loop is closed")
-        if life.machine.is_on_request_thread:
-            life.require(place.thread in life.inside, "async code is not on the request thread")
-            # Which is another one at times, as the server likes.
+        if not life.machine.is_process:
+            look_at_thread(life, place.thread)
+            # The request thread is another one at times, as the server likes.
             place = place._replace(thread=0)
         (life.direct if is_direct else life.nested).add(place if is_direct else place[:2])
+
+
+def look_at_thread(life: Life, thread: int) -> None:
+    """Async code runs on a request thread, and from the loop's promotion on on one loop thread."""
+    if thread not in life.inside and life.loop_thread is None:
+        life.loop_thread = thread
+    elif life.loop_thread is not None:
+        life.require(thread == life.loop_thread, "async code is not on the loop thread that it was on")
 
 
 async def gather(life: Life, is_direct: bool) -> None:
@@ -306,6 +350,28 @@ async def other_thread(life: Life, is_direct: bool) -> None:
         # Nobody waits for its thread, which may not have made its call yet.
         life.is_disturbed = True
         raise
+
+
+async def bound(life: Life, is_direct: bool) -> None:
+    """Have a timer beside sync code."""
+    async with asyncio.timeout(HANGS):
+        await sync_to_async(note_in_sync)(life)
+    await note(life, is_direct)
+
+
+async def task_beside(life: Life, is_direct: bool) -> None:
+    """Have a task go on beside sync code, and end after it."""
+    task = asyncio.create_task(note(life, False))
+    try:
+        await sync_to_async(note_in_sync)(life)
+    finally:
+        await task
+    await note(life, is_direct)
+
+
+async def to_thread(life: Life, is_direct: bool) -> None:
+    """Wait for a thread of the loop's executor, which makes no loop call."""
+    await asyncio.to_thread(int)
 
 
 async def timeout(life: Life, is_direct: bool) -> None:
@@ -399,6 +465,22 @@ async def use_resource(life: Life, is_direct: bool) -> None:
     await resource()
 
 
+async def ado_post(life: Life, is_direct: bool) -> None:
+    """Have sync code wait for a task of the loop that runs it."""
+    await sync_to_async(post)(life, asyncio.get_running_loop())
+
+
+def post(life: Life, loop: asyncio.AbstractEventLoop) -> None:
+    future = asyncio.run_coroutine_threadsafe(note(life, False), loop)
+    try:
+        future.result(HANGS)
+    except TimeoutError:
+        life.require(False, "what was posted to the loop has no answer")
+    except CancelledError:
+        # The request was closed meanwhile.
+        life.require(not life.is_certain, "what was posted to the loop was cancelled")
+
+
 async def ado_set(life: Life, is_direct: bool) -> None:
     scratch.set(object())
 
@@ -416,6 +498,10 @@ ASYNC: dict[str, Callable[[Life, bool], Awaitable[None]]] = {
     "set": ado_set,
     "gather": gather,
     "other thread": other_thread,
+    "to thread": to_thread,
+    "post": ado_post,
+    "bound": bound,
+    "task beside": task_beside,
     "timeout": timeout,
     "resource": use_resource,
     "raise": ado_raise,
@@ -674,9 +760,8 @@ def wait_until(condition: Callable[[], Any], otherwise: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             show_stacks()
-            free = f"{threads._free} of {len(loop_threads())} loop threads are free"
             closes = [loop.closes for loop in made_loops]
-            raise AssertionError(f"{otherwise}: {free}, {other_threads()}, loops closed {closes} times")
+            raise AssertionError(f"{otherwise}: {loop_threads()}, {other_threads()}, loops closed {closes} times")
         time.sleep(0.001)
 
 
@@ -697,7 +782,7 @@ def wait_for(future: Future[Any]) -> Any:
         raise AssertionError("a life hangs") from None
 
 
-class CountedLoop(asyncio.SelectorEventLoop):
+class CountedLoop(EventLoop):
     """A loop that knows whether it was closed, and how often."""
 
     def __init__(self) -> None:
@@ -708,6 +793,14 @@ class CountedLoop(asyncio.SelectorEventLoop):
     def close(self) -> None:
         self.closes += 1
         super().close()
+
+
+class CountedPlainLoop(CountedLoop):
+    """The same, with its selector from the start, as those of asyncio have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make_selector()
 
 
 made_loops: list[CountedLoop] = []
@@ -744,11 +837,12 @@ class Records(logging.Handler):
 class Watched:
     """Around an example: what must not be there after it."""
 
-    def __init__(self, is_stubborn: bool, is_on_request_thread: bool) -> None:
+    def __init__(self, is_stubborn: bool, is_process: bool) -> None:
         self.is_stubborn = is_stubborn
-        self.is_on_request_thread = is_on_request_thread
+        self.is_process = is_process
         for found in (made_loops, opened_resources, left_resources, AsyncToSync.loop_thread_executors):
             found.clear()  # type: ignore[attr-defined]
+        self.files = open_files()
         self.records = Records()
         self.unraisable: list[Any] = []
         self._hooks = sys.unraisablehook, threading.excepthook
@@ -768,10 +862,10 @@ class Watched:
         try:
             gc.collect()
             wait_until(lambda: all(loop.closes for loop in made_loops), "a loop is not closed")
-            wait_until(lambda: threads._free == len(loop_threads()), "a loop thread is not given back")
-            wait_until(lambda: len(loop_threads()) <= MAX_IDLE_THREADS, "there are too many idle loop threads")
+            wait_until(lambda: not loop_threads(), "a loop thread is left over")
             wait_until(lambda: not other_threads(), "a thread is left over")
             gc.collect()
+            wait_until(lambda: open_files() <= self.files, "a descriptor is left open")
         finally:
             self._catcher.__exit__(None, None, None)
             sys.unraisablehook, threading.excepthook = self._hooks
@@ -781,11 +875,16 @@ class Watched:
         # One that was given up stays pending for whoever still holds it, and can not run. So does the request task of a
         # response that was dropped, where it has no thread of its own to end on.
         can_run = [task for task in tasks if task.get_coro().cr_frame is not None]
-        assert not (can_run if self.is_stubborn or self.is_on_request_thread else tasks), "a task is left"
+        assert not (tasks if self.is_process and not self.is_stubborn else can_run), "a task is left"
         if not self.is_stubborn:  # a process loop that was given up stays there
             assert not AsyncToSync.loop_thread_executors, "asgiref was not left as it was found"
         assert self.is_stubborn or len(opened_resources) == len(left_resources), "a resource is left open"
         assert not self.unraisable
+
+
+def open_files() -> int:
+    """How many descriptors this process has."""
+    return len(os.listdir("/dev/fd"))
 
 
 def other_threads() -> list[threading.Thread]:
@@ -807,7 +906,6 @@ class Lives(RuleBasedStateMachine):
     """What servers do with requests."""
 
     scope = "request"
-    is_on_request_thread = False
     #: Left-over tasks never end, and are given up after a moment: then little else is certain.
     is_stubborn = False
     handlers: dict[str, Any]
@@ -827,7 +925,7 @@ class Lives(RuleBasedStateMachine):
         #: Nothing has been done that is logged.
         self.is_quiet = True
         self.drops = 0
-        self.watched = Watched(self.is_stubborn, self.is_on_request_thread)
+        self.watched = Watched(self.is_stubborn, self.is_process)
 
     @initialize(with_async_receivers=st.booleans())
     def begin_example(self, with_async_receivers: bool) -> None:
@@ -1035,6 +1133,11 @@ class Lives(RuleBasedStateMachine):
         life.require(
             opened == left or life.is_interrupted or self.is_stubborn, f"{life.opened} were opened, {life.left} left"
         )
+        if not self.is_process:
+            counts["calm"] += life.is_calm
+            counts["promoted"] += life.loop_thread is not None
+            if life.is_certain and life.is_calm:
+                life.require(life.loop_thread is None, "its loop was promoted for nothing")
         if life.is_certain:
             life.require(len(life.direct) <= 1, f"its loop calls were in several places: {life.direct}")
             places = {place[:2] for place in life.direct} | life.nested
@@ -1069,36 +1172,31 @@ def run_lives(machine: Any, seconds: float = 540) -> None:
                 break
     finally:
         gc.unfreeze()
-        where = ", on the request thread" if machine.is_on_request_thread else ""
-        print(f"{machine.__name__} in scope {machine.scope}{where}: {dict(counts)}")
+        print(f"{machine.__name__} in scope {machine.scope}: {dict(counts)}")
 
 
 # Tasks that never end are for the long runs: what is certain then depends on how fast the machine is.
 @pytest.mark.parametrize("is_stubborn", [False, True] if LIVES else [False], ids=["", "stubborn"][: 1 + bool(LIVES)])
-@pytest.mark.parametrize(
-    ("scope", "is_on_request_thread"),
-    [("request", False), ("request", True), ("process", False)],
-    ids=["request", "request thread", "process"],
-)
-def test_lives(scope: str, is_on_request_thread: bool, is_stubborn: bool, new_process_loop: None) -> None:
+@pytest.mark.parametrize("scope", ["request", "process"])
+def test_lives(scope: str, is_stubborn: bool, new_process_loop: None) -> None:
     options = {
         "scope": scope,
-        "thread": "request" if is_on_request_thread else "own",
         "shutdown_timeout": 0.05 if is_stubborn else 30,
-        "loop_factory": CountedLoop,
     }
+    factories = {name: CountedPlainLoop if "middleware" in name else CountedLoop for name in MIDDLEWARE}
     with contextlib.ExitStack() as stack:
         handlers = {
-            name: stack.enter_context(serve(view, middleware=functions, **options)).handler
+            name: stack.enter_context(
+                serve(view, middleware=functions, loop_factory=factories[name], **options)
+            ).handler
             for name, functions in MIDDLEWARE.items()
         }
         for thread in server_threads.values():  # the first request of each prepares it
             thread.start(Server(handlers["bare"]).get)
         attributes = {
             "scope": scope,
-            "is_on_request_thread": is_on_request_thread,
             "is_stubborn": is_stubborn,
             "handlers": handlers,
-            "examples": 5 if is_stubborn else 25,
+            "examples": 5 if is_stubborn else 40,
         }
         run_lives(type("Lives", (Lives,), attributes))

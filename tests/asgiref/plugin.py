@@ -26,11 +26,11 @@ from tests.support import serve
 
 OPTIONS = "--wsgi-loop-options"
 ASYNC_TESTS = "--async-tests"
-#: The name of a test's property: how many tasks it has had started on wsgi-loop's loops.
-TASKS = "tasks on the request's loop"
+#: The name of a test's property: how often it has used wsgi-loop's loops.
+USES = "uses of the request's loop"
 
-#: Those of the request that the current context belongs to.
-tasks: contextvars.ContextVar[list[asyncio.Task[Any]]] = contextvars.ContextVar("tasks")
+#: What has been done with those loops, since the current test began.
+uses: list[str] = []
 #: Seconds after which a test is taken for hanging. The longest one sleeps for three.
 PATIENCE = 10
 
@@ -42,10 +42,19 @@ class Hanging(BaseException):
 class Loop(asyncio.SelectorEventLoop):
     """A loop of wsgi-loop, which makes it by its own setting. Nobody else makes one."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # A request's is made for its first loop call, which the request thread may run to its end.
+        uses.append("made")
+
     def create_task(self, *args: Any, **kwargs: Any) -> asyncio.Task[Any]:
-        task = super().create_task(*args, **kwargs)
-        tasks.get([]).append(task)
-        return task
+        uses.append("task")
+        return super().create_task(*args, **kwargs)
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> asyncio.Handle:
+        # A loop that has a thread gets its loop calls this way.
+        uses.append("posted")
+        return super().call_soon_threadsafe(*args, **kwargs)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,10 +80,10 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 def run_test(item: Any, run: Callable[[], None]) -> None:
     signal.alarm(PATIENCE)
     try:
-        started, exc = run_in_request(item.config.getoption(OPTIONS), run)
+        used, exc = run_in_request(item.config.getoption(OPTIONS), run)
     finally:
         signal.alarm(0)
-    item.user_properties.append((TASKS, started))
+    item.user_properties.append((USES, used))
     if exc is not None:
         raise exc
 
@@ -84,24 +93,24 @@ def run_in_request(
 ) -> tuple[int, BaseException | None]:
     """Call a sync function in a request's view.
 
-    Returns how many tasks it has had started on wsgi-loop's loops, and what it has raised.
+    Returns how often it has used wsgi-loop's loops, and what it has raised.
     """
-    started = 0
+    used = 0
     raised: BaseException | None = None
 
     def view(request: HttpRequest) -> HttpResponse:
-        nonlocal started, raised
-        tasks.set([])
+        nonlocal used, raised
+        uses.clear()
         try:
             function(*args)
         except BaseException as exc:
             raised = exc
-        started = len(tasks.get())
+        used = len(uses)
         return HttpResponse()
 
     with serve(view, loop_factory=Loop, **options) as server:
         server.get()
-    return started, raised
+    return used, raised
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -71,16 +71,16 @@ def write(name: str, event: dict[str, Any]) -> None:
         file.write(json.dumps(event) + "\n")
 
 
-async def note(event: str, **more: Any) -> None:
-    """Record a loop call. In a request without a key, do nothing."""
+async def note(event: str, *, calls: bool = True, **more: Any) -> None:
+    """Record a loop call. In a request without a key, do nothing. calls: make a thread-sensitive call, too."""
     if name := key.get(""):
         where = {
             "loop": number(asyncio.get_running_loop(), loops),
             "thread": threading.get_ident(),
             "task": number(asyncio.current_task(), tasks),
-            # Thread-sensitive code.
-            "sync_thread": await sync_to_async(threading.get_ident)(),
         }
+        if calls:
+            where["sync_thread"] = await sync_to_async(threading.get_ident)()
         write(name, {"event": event} | where | more)
 
 
@@ -96,7 +96,8 @@ def started(environ: dict[str, Any], **kwargs: Any) -> None:
 
 
 async def started_async(**kwargs: Any) -> None:
-    await note("request_started, async")
+    # A thread-sensitive call would promote the request: Django gathers async receivers.
+    await note("request_started, async", calls=False)
 
 
 def finished(**kwargs: Any) -> None:
@@ -104,7 +105,7 @@ def finished(**kwargs: Any) -> None:
 
 
 async def finished_async(**kwargs: Any) -> None:
-    await note("request_finished, async")
+    await note("request_finished, async", calls=False)
 
 
 request_started.connect(started)
@@ -149,6 +150,19 @@ def plain(request: HttpRequest) -> HttpResponse:
 async def asynchronous(request: HttpRequest) -> HttpResponse:
     await note("view")
     return HttpResponse("asynchronous")
+
+
+async def gathering(request: HttpRequest) -> HttpResponse:
+    """What is waited for can go on, while the request thread runs the other: it gets a loop thread."""
+    await note("view")
+    goes_on = threading.Event()
+
+    async def wait() -> None:
+        await asyncio.sleep(0.001)
+        goes_on.set()
+
+    _, has_gone_on = await asyncio.gather(wait(), sync_to_async(goes_on.wait)(60))
+    return HttpResponse("gathering" if has_gone_on else "stood still")
 
 
 def file(request: HttpRequest) -> FileResponse:
@@ -255,7 +269,5 @@ def state(request: HttpRequest) -> JsonResponse:
     )
 
 
-urlpatterns = [
-    path(function.__name__, function)
-    for function in (plain, asynchronous, file, error, stream, sync_stream, error_in_stream, endless, events, state)
-]
+VIEWS = (plain, asynchronous, gathering, file, error, stream, sync_stream, error_in_stream, endless, events, state)
+urlpatterns = [path(function.__name__, function) for function in VIEWS]

@@ -33,8 +33,6 @@ from typing import Any, NamedTuple
 import pytest
 from django.conf import settings
 
-from wsgi_loop.threads import MAX_IDLE_THREADS
-
 from ..services.support import connected_redis
 from .support import ROOT, ServerProcess, eventually, free_port, running
 
@@ -82,8 +80,6 @@ class Configuration(NamedTuple):
     threads: int
     options: list[str]
     hangs: bool
-    #: On which the loop runs.
-    thread: str = "own"
     #: Its SHUTDOWN_TIMEOUT, in seconds: what is in order has to end in it also where the machine is busy.
     patience: float = 0.5
 
@@ -94,7 +90,6 @@ SYNC = ["--worker-class", "sync", "--timeout", "2", "--preload"]
 CONFIGURATIONS = {
     "gthread-request": Configuration("request", 2, 4, GTHREAD, hangs=False, patience=1.0),
     "gthread-process": Configuration("process", 2, 4, GTHREAD, hangs=False),
-    "gthread-on-request-thread": Configuration("request", 2, 4, GTHREAD, hangs=False, thread="request", patience=1.0),
     "sync-request": Configuration("request", 3, 1, SYNC, hangs=True),
     "sync-process": Configuration("process", 3, 1, SYNC, hangs=True),
 }
@@ -176,7 +171,7 @@ def served(folder: Path, database: Path, configuration: Configuration, applicati
     folder = folder / str(port)
     folder.mkdir()
     (folder / "gunicorn.conf.py").write_text(GUNICORN_CONFIGURATION)
-    told = (configuration.scope, configuration.thread, configuration.patience, application == STOCK)
+    told = (configuration.scope, configuration.patience, application == STOCK)
     environment = site_environment(folder, database, *told)
     command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--graceful-timeout", "5"]
     command += ["--workers", str(configuration.workers), *configuration.options, application]
@@ -189,12 +184,7 @@ def served(folder: Path, database: Path, configuration: Configuration, applicati
 
 
 def site_environment(
-    folder: Path,
-    database: Path,
-    scope: str = "request",
-    thread: str = "own",
-    patience: float = 0.5,
-    stock: bool = False,
+    folder: Path, database: Path, scope: str = "request", patience: float = 0.5, stock: bool = False
 ) -> dict[str, str]:
     told = {
         "folder": str(folder),
@@ -202,7 +192,7 @@ def site_environment(
         "name": f"wsgi-loop-tests-faults-{os.getpid()}",
         "redis": settings.REDIS_URL,
         "scope": scope,
-        "wsgi_loop": {"SCOPE": scope, "THREAD": thread, "SHUTDOWN_TIMEOUT": patience},
+        "wsgi_loop": {"SCOPE": scope, "SHUTDOWN_TIMEOUT": patience},
         "stock": stock,
     }
     return {
@@ -594,8 +584,8 @@ def test_faults_under_load(tmp_path: Path, database: Path, name: str) -> None:
         assert told["database_wrappers"] <= configuration.threads + 1
         threads = Counter(re.sub(r"[-_][\d_-]+$", "", thread) for thread in told["threads"])
         assert threads.total() == told["os_threads"]
-        most = {"process": 1, "request": MAX_IDLE_THREADS if configuration.thread == "own" else 0}
-        assert threads.pop("wsgi-loop", 0) <= most[configuration.scope]
+        # A request takes its loop thread along.
+        assert threads.pop("wsgi-loop", 0) <= {"process": 1, "request": 0}[configuration.scope]
         assert threads.pop("MainThread") == 1
         assert threads.pop("ThreadPoolExecutor", 0) <= configuration.threads
         # Some versions of Python can start none at their end, so that one is started early.

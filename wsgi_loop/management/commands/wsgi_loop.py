@@ -200,7 +200,7 @@ def _rows(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
         ("answer", [side.status or "none" for side in sides]),
         ("loop calls", [str(side.loop_calls) for side in sides]),
         ("event loops", [str(side.loops) for side in sides]),
-        ("loop threads", [str(side.threads) for side in sides]),
+        ("threads", [str(side.threads) for side in sides]),
         ("tasks", [str(side.tasks) for side in sides]),
         ("left-over tasks", [str(len(side.left_over)) for side in sides]),
         ("contextvars left on the thread", [f"{side.leaked:.3g}" for side in sides]),
