@@ -320,7 +320,10 @@ class RequestTask:
                 undelivered = None
             try:
                 call.result = await run_in_context(self.context, call.coroutine)
-            except GeneratorExit:
+            except GeneratorExit as exc:
+                if not self._ending:
+                    # Not that of a task which is closed.
+                    call.exception = exc
                 raise
             except BaseException as exc:
                 call.exception = exc
