@@ -197,9 +197,9 @@ class RunningLoop:
     def post_to_open(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> bool:
-        """Post a callback, unless the loop is closed. Returns whether that was done. context: an empty one if not given.
+        """Post a callback, unless the loop is closed. Returns whether that was done. context: an empty one by default.
 
-        Any other RuntimeError is raised: at the end of the stack there is a RecursionError.
+        Any other RuntimeError is raised, such as the RecursionError at the end of the stack.
         """
         try:
             self.post(callback, *args, context=context or contextvars.Context())
@@ -301,7 +301,11 @@ class RunningLoop:
 
     def new_task(self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context) -> Any:
         """Make a task that serves loop calls. Not by `create_task`: a user's task factory has no part in it."""
-        return asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+        try:
+            return asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+        except BaseException:
+            coroutine.close()
+            raise
 
     def _accept(self, call: LoopCall, request_task: RequestTask | None) -> None:
         if call not in self._calls:
@@ -312,8 +316,7 @@ class RunningLoop:
                 if self.is_promoted:
                     request_task.watch()
                 return
-            coroutine, name, context = self._prepare(call, request_task)
-            task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+            task = RunningLoop.new_task(self, *self._prepare(call, request_task))
             # When it is cancelled before its first step, none of its own code runs.
             task.add_done_callback(lambda _: self.finish(call), context=contextvars.Context())
         except BaseException as exc:
@@ -449,7 +452,7 @@ class RunningLoop:
     def _begin_shut_down(self) -> None:
         if not self._closing:
             self._closing = True
-            asyncio.Task(self._shut_down(), loop=self.loop, name=_SHUT_DOWN, context=contextvars.Context())
+            RunningLoop.new_task(self, self._shut_down(), _SHUT_DOWN, contextvars.Context())
 
     async def _shut_down(self) -> None:
         """Close the loop within `timeout` seconds, step by step. What a task uses goes after the task."""

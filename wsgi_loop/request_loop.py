@@ -112,7 +112,7 @@ class RequestLoop(RunningLoop):
         """Take the turn, to run the loop by hand. False: it has a thread, or another thread has the turn."""
         if self.is_promoted or not self._turn.acquire(blocking=False):
             return False
-        if self.is_promoted or (self.depth and self.driver != get_ident()):
+        if self.is_promoted or not self._accepting or (self.depth and self.driver != get_ident()):
             self._turn.release()
             return False
         self._held += 1
@@ -438,12 +438,13 @@ class RequestLoop(RunningLoop):
 
         executor: serves these resources; without one they are left too. Returns whether the loop is closed.
         """
+        if not self._calls:
+            request_task.end()
         if self._steps or self.loop._ready:
             self._settle()
         left = all_tasks(self.loop) - self._tasks if self._has_other_tasks else set()
         is_used = self._calls or self._in_executors or (self._generators is not None and self._open_generators())
         if not left and not is_used:
-            request_task.drop()
             self._close()
             return True
         if executor is None:
@@ -460,7 +461,6 @@ class RequestLoop(RunningLoop):
 
     def _close(self) -> None:
         self._tasks.clear()
-        # What is left is that of a task which was dropped.
         self._steps.clear()
         super()._close()
 

@@ -32,6 +32,7 @@ from .loops import RunningLoop
 from .process import get_process_loop
 from .process_loop import ProcessLoop
 from .request_loop import RequestLoop
+from .threads import check_threads
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -187,6 +188,7 @@ class RequestScope:
         if self._context is None:
             raise NoLoop("The request is over")
         options = self.options
+        check_threads()
         process_loop = get_process_loop(lambda: options, door) if options.scope == "process" else None
         with _making_loop:
             if self.calls is None:
