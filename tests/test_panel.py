@@ -99,7 +99,7 @@ def test_each_loop_call_with_its_place(receive: Any) -> None:
         markup = panel_in(server, page)
     text = text_of(markup)
     assert "3 calls on 1 loop so far" in text_of(page)
-    for words in ("4 loop calls", "1 event loop", "1 loop thread", "0 left-over tasks", "ms waited on the loop"):
+    for words in ("4 loop calls", "1 event loop", "1 thread", "0 left-over tasks", "ms waited on the loop"):
         assert words in text
     assert len(re.findall(r"here tests/test_panel\.py:\d+ in three_calls MainThread, task 1", text)) == 3
     assert "asend" in text

@@ -21,8 +21,6 @@ from .bridge.storage import Storage, is_same_value, move_here, rehomed
 logger = logging.getLogger("wsgi_loop")
 
 _UNSET: Any = object()
-#: From Python 3.14 on a future knows who awaits it.
-_discard_from_awaited_by: Any = getattr(asyncio, "future_discard_from_awaited_by", None)
 #: What a step of an async body gives when there is nothing left.
 END = object()
 
@@ -273,18 +271,6 @@ class RequestTask:
         if self.call is None and self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
 
-    def drop(self) -> None:
-        """Let go of the task, which waits for a call that will never come. Its next step is not taken any more."""
-        self._ending = True
-        task, self.task = self.task, None
-        if task is not None and self._next_call is not None:
-            # The task, its coroutine and the future that it waits for hold each other.
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            self._next_call.cancel()
-            if _discard_from_awaited_by is not None:
-                _discard_from_awaited_by(self._next_call, task)
-            task.get_coro().close()
-
     async def _serve(self) -> None:
         """Run one loop call after another.
 
@@ -320,7 +306,10 @@ class RequestTask:
                 undelivered = None
             try:
                 call.result = await run_in_context(self.context, call.coroutine)
-            except GeneratorExit:
+            except GeneratorExit as exc:
+                if not self._ending:
+                    # Not that of a task which is closed.
+                    call.exception = exc
                 raise
             except BaseException as exc:
                 call.exception = exc

@@ -27,7 +27,7 @@ from .bridge.executor import Executor, current_executor, loop_executors
 from .bridge.storage import is_loop_call, move_here
 from .calls import LoopCall, NoLoop, RequestTask, name_of
 from .resources import drop_keepers, is_kept, keepers_of
-from .threads import start_thread
+from .threads import has_started, new_thread, start
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -194,10 +194,24 @@ class RunningLoop:
             return work.future
         return self._run_in(executor, function, *args)
 
+    def post_to_open(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> bool:
+        """Post a callback, unless the loop is closed. Returns whether that was done. context: an empty one by default.
+
+        Any other RuntimeError is raised, such as the RecursionError at the end of the stack.
+        """
+        try:
+            self.post(callback, *args, context=context or contextvars.Context())
+        except RuntimeError:
+            if not self.loop.is_closed():
+                raise
+            return False
+        return True
+
     def answer(self, function: Callable[..., object], *args: Any) -> None:
         """Have the loop call a function that sets the result of a future."""
-        with contextlib.suppress(RuntimeError):  # it is closed
-            self.post(function, *args, context=contextvars.Context())
+        self.post_to_open(function, *args)
 
     def interrupt(self) -> None:
         """Called when there is work for a thread that waits for a loop call."""
@@ -213,10 +227,11 @@ class RunningLoop:
             # Before the loop can see it, which may be done with it at once.
             self._calls.add(call)
             try:
-                self.post(self._accept, call, request_task, context=contextvars.Context())
-            except RuntimeError as exc:
+                if not self.post_to_open(self._accept, call, request_task):
+                    raise NoLoop(f"{self.owner}: its event loop is closed")
+            except BaseException:
                 self._calls.discard(call)
-                raise NoLoop(f"{self.owner}: its event loop is closed") from exc
+                raise
         self._see_to_posts()
 
     def give_up(self) -> None:
@@ -237,8 +252,7 @@ class RunningLoop:
                 _listed(map(self._describe, left)) or "an async generator, or a thread of the loop's default executor",
             )
         self._abandon_calls("its event loop was given up")
-        with contextlib.suppress(RuntimeError):  # it has just been closed after all
-            self.post(self._stop)
+        self.post_to_open(self._stop)
 
     def _abandon_calls(self, why: str) -> None:
         """Answer every call with an error, as nobody knows if it will ever end. Take no more."""
@@ -253,8 +267,7 @@ class RunningLoop:
 
     def close_soon(self) -> None:
         """Have the loop's thread close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
-        with contextlib.suppress(RuntimeError):  # it is closed already
-            self.post(self._begin_shut_down, context=contextvars.Context())
+        self.post_to_open(self._begin_shut_down)
 
     @property
     def ended(self) -> Future[None]:
@@ -288,7 +301,11 @@ class RunningLoop:
 
     def new_task(self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context) -> Any:
         """Make a task that serves loop calls. Not by `create_task`: a user's task factory has no part in it."""
-        return asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+        try:
+            return asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+        except BaseException:
+            coroutine.close()
+            raise
 
     def _accept(self, call: LoopCall, request_task: RequestTask | None) -> None:
         if call not in self._calls:
@@ -299,8 +316,7 @@ class RunningLoop:
                 if self.is_promoted:
                     request_task.watch()
                 return
-            coroutine, name, context = self._prepare(call, request_task)
-            task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+            task = RunningLoop.new_task(self, *self._prepare(call, request_task))
             # When it is cancelled before its first step, none of its own code runs.
             task.add_done_callback(lambda _: self.finish(call), context=contextvars.Context())
         except BaseException as exc:
@@ -352,8 +368,7 @@ class RunningLoop:
                 return
         # A bystander's context is none of its business.
         context = contextvars.copy_context() if current_executor() is begun_in else contextvars.Context()
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.post(self._end_generator, generator, context=context)
+        if self.post_to_open(self._end_generator, generator, context=context):
             self._see_to_posts()
 
     def _end_generator(self, generator: Any) -> None:
@@ -398,11 +413,14 @@ class RunningLoop:
     def start(self) -> None:
         """Give the loop its thread. Raises RuntimeError if that can not be started."""
         self.is_promoted = True
+        thread = new_thread(self._work)
         try:
-            start_thread(self._work)
+            start(thread)
         except BaseException as exc:
-            self._abandon_calls(f"its event loop was not run any more ({exc})")
-            self._end()
+            # An interrupt may come when the thread runs already, and then it ends the loop.
+            if not has_started(thread):
+                self._abandon_calls(f"its event loop was not run any more ({exc})")
+                self._end()
             raise
 
     def _work(self) -> None:
@@ -434,7 +452,7 @@ class RunningLoop:
     def _begin_shut_down(self) -> None:
         if not self._closing:
             self._closing = True
-            asyncio.Task(self._shut_down(), loop=self.loop, name=_SHUT_DOWN, context=contextvars.Context())
+            RunningLoop.new_task(self, self._shut_down(), _SHUT_DOWN, contextvars.Context())
 
     async def _shut_down(self) -> None:
         """Close the loop within `timeout` seconds, step by step. What a task uses goes after the task."""

@@ -79,7 +79,12 @@ class ProcessLoop(RunningLoop):
                 coroutine.close()
                 self._settle_future(future, None)
                 return
-            task = self.loop.create_task(wrap(coroutine), name=name, context=context)
+            try:
+                task = self.loop.create_task(wrap(coroutine), name=name, context=context)
+            except BaseException as exc:  # a task factory of the user's
+                coroutine.close()
+                self._settle_future(future, exc)
+                return
             self._descriptions[task] = description
             task.add_done_callback(lambda task: self._end_background_task(task, coroutine, future))
             # A future keeps its callbacks, and a task its context: whoever keeps the future is to keep no context.
@@ -103,8 +108,7 @@ class ProcessLoop(RunningLoop):
     def _cancel_soon(self, task: asyncio.Task[Any] | None) -> None:
         if task is None:
             return
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.post(task.cancel, context=contextvars.Context())
+        self.post_to_open(task.cancel)
 
     def give_up(self) -> None:
         super().give_up()
@@ -132,10 +136,8 @@ class ProcessLoop(RunningLoop):
             return
         ended: Future[None] = Future()
         ended.add_done_callback(lambda _: executor.ring())
-        try:
-            self.post(self._end_request_task, request_task, ended, context=contextvars.Context())
-        except RuntimeError:
-            return  # the loop is closed
+        if not self.post_to_open(self._end_request_task, request_task, ended):
+            return
         if not executor.serve_until(ended, self.timeout):
             logger.error(
                 "%s: %s s (SHUTDOWN_TIMEOUT) after it was cancelled this was still running, and is given up: %s. "
@@ -147,8 +149,7 @@ class ProcessLoop(RunningLoop):
 
     def leave_soon(self, request_task: RequestTask) -> None:
         """The same, and wait for nothing. Takes no lock: a finalizer may call it."""
-        with contextlib.suppress(RuntimeError):  # it is closed already
-            self.post(self._end_request_task, request_task, None, context=contextvars.Context())
+        self.post_to_open(self._end_request_task, request_task, None)
 
     def shut_down(self) -> None:
         """Close the loop. Waits at most `timeout` seconds for what runs, and as long again for what it then cancels."""
@@ -164,7 +165,7 @@ class ProcessLoop(RunningLoop):
     # --- on the loop thread --------------------------------------------------------------------------------------
 
     def _open_soon(self) -> None:
-        self.loop.create_task(self._open(), name="wsgi-loop start", context=contextvars.Context())
+        self.new_task(self._open(), "wsgi-loop start", contextvars.Context())
 
     async def _open(self) -> None:
         try:

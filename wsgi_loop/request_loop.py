@@ -22,7 +22,6 @@ import contextvars
 import logging
 import sys
 import threading
-import time
 from asyncio import _get_running_loop, _set_running_loop
 from asyncio.tasks import _enter_task, _leave_task
 from collections import deque
@@ -42,6 +41,8 @@ logger = logging.getLogger("wsgi_loop")
 
 #: How many rounds of the loop are waited for what is about to end: a task, a connection that was closed.
 _ROUNDS = 4
+#: Seconds for which a thread has the turn that is not to run the loop, at most.
+_MOMENT = 0.5
 #: What running a loop by hand relies on. uvloop's loops do not have it.
 _BY_HAND = ("_ready", "_scheduled", "_timer_cancelled_count", "_thread_id", "_stopping", "_asyncgen_firstiter_hook")
 
@@ -111,7 +112,7 @@ class RequestLoop(RunningLoop):
         """Take the turn, to run the loop by hand. False: it has a thread, or another thread has the turn."""
         if self.is_promoted or not self._turn.acquire(blocking=False):
             return False
-        if self.is_promoted or (self.depth and self.driver != get_ident()):
+        if self.is_promoted or not self._accepting or (self.depth and self.driver != get_ident()):
             self._turn.release()
             return False
         self._held += 1
@@ -144,11 +145,9 @@ class RequestLoop(RunningLoop):
         Not so while another thread runs it by hand, or this one does so further up its stack, as when a finalizer makes
         a loop call; nor while a task of it can not change its thread. Raises RuntimeError if no thread can be started.
         """
-        while not self._turn.acquire(blocking=False):
-            if self._held:
-                return
-            # Another thread is about to run it, or has just looked if it may.
-            time.sleep(0)
+        # Another thread may run it, or has just looked if it may.
+        if not self._turn.acquire(blocking=False) and (self._held or not self._turn.acquire(timeout=_MOMENT)):
+            return
         try:
             if self.is_promoted or self._stopped or self._held > 1 or self.loop.is_closed():
                 return
@@ -267,20 +266,22 @@ class RequestLoop(RunningLoop):
         """Take a step of a task on this thread's stack. For that time, the loop is the running one of the thread."""
         loop = self.loop
         callback, args, context = self._steps.popleft()
+        task = callback.__self__
         hooks = sys.get_asyncgen_hooks()
-        sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
-        loop._thread_id = get_ident()
-        _set_running_loop(loop)
-        self._stepping.append(callback.__self__)
         try:
+            sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
+            loop._thread_id = get_ident()
+            _set_running_loop(loop)
+            self._stepping.append(task)
             context.run(callback, *args)
         finally:
-            task = self._stepping.pop()
+            # First what other requests of the thread would stumble over, should an interrupt come.
+            _set_running_loop(None)
+            sys.set_asyncgen_hooks(*hooks)
+            loop._thread_id = None
+            self._stepping.pop()
             if task.done():
                 self._tasks.discard(task)
-            _set_running_loop(None)
-            loop._thread_id = None
-            sys.set_asyncgen_hooks(*hooks)
             if self._after_step is not None:
                 self._after_step()
 
@@ -381,11 +382,9 @@ class RequestLoop(RunningLoop):
             may_go_on.acquire()
 
         try:
-            self.post(stand_still, context=contextvars.Context())
-            while not stands.acquire(timeout=0.1) and not self._is_closed:
-                pass
-        except RuntimeError:  # it is closed
-            pass
+            if self.post_to_open(stand_still):
+                while not stands.acquire(timeout=0.1) and not self._is_closed:
+                    pass
         except BaseException:
             may_go_on.release()
             raise
@@ -398,8 +397,7 @@ class RequestLoop(RunningLoop):
 
     def interrupt(self) -> None:
         if not self.is_promoted:
-            with contextlib.suppress(RuntimeError):  # it is closed
-                self.post(self.loop.stop)
+            self.post_to_open(self.loop.stop)
 
     def _begin_work(self) -> None:
         """Let what waits on the loop see what `Local`s hold, as it did on the thread that ran the loop by hand."""
@@ -440,12 +438,13 @@ class RequestLoop(RunningLoop):
 
         executor: serves these resources; without one they are left too. Returns whether the loop is closed.
         """
+        if not self._calls:
+            request_task.end()
         if self._steps or self.loop._ready:
             self._settle()
         left = all_tasks(self.loop) - self._tasks if self._has_other_tasks else set()
         is_used = self._calls or self._in_executors or (self._generators is not None and self._open_generators())
         if not left and not is_used:
-            request_task.drop()
             self._close()
             return True
         if executor is None:
@@ -462,21 +461,21 @@ class RequestLoop(RunningLoop):
 
     def _close(self) -> None:
         self._tasks.clear()
-        # What is left is that of a task which was dropped.
         self._steps.clear()
         super()._close()
 
     def leave_soon(self, request_task: RequestTask) -> None:
         """Close the loop, and wait for nothing. Takes no lock: a finalizer may call it."""
-        if self.is_promoted or not self.take():
+        if self.is_promoted:
             self.close_soon()
             return
-        try:
-            if not self.depth and self._close_by_hand(request_task, None):
-                return
-        finally:
-            self._held -= 1
-            self._turn.release()
+        if _get_running_loop() is None and not self.depth and self.take():
+            try:
+                if self._close_by_hand(request_task, None):
+                    return
+            finally:
+                self._held -= 1
+                self._turn.release()
         # By way of a bare thread: this one may hold a lock that is taken to start another one.
         with contextlib.suppress(RuntimeError):
             _thread.start_new_thread(self._close_elsewhere, ())

@@ -32,6 +32,7 @@ from .loops import RunningLoop
 from .process import get_process_loop
 from .process_loop import ProcessLoop
 from .request_loop import RequestLoop
+from .threads import check_threads
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -187,6 +188,7 @@ class RequestScope:
         if self._context is None:
             raise NoLoop("The request is over")
         options = self.options
+        check_threads()
         process_loop = get_process_loop(lambda: options, door) if options.scope == "process" else None
         with _making_loop:
             if self.calls is None:
@@ -326,12 +328,17 @@ class RequestCalls:
         """
         running = self.running
         # The generator itself may close its response: its thread can not wait for itself.
-        if self.is_inherited() or running.is_inside():
+        if self._closed or self.is_inherited() or running.is_inside():
             return
         if isinstance(running, RequestLoop):
             # A bound holds only where another thread runs what it bounds.
             running.promote()
-        call = self.wait(running.end_body(iterator, self.owner), iterator, is_end=True, timeout=2 * running.timeout)
+        ending = running.end_body(iterator, self.owner)
+        try:
+            call = self.wait(ending, iterator, is_end=True, timeout=2 * running.timeout)
+        except NoLoop:
+            ending.close()
+            raise
         if not call.is_done and isinstance(running, RequestLoop):
             # Leaving the process loop will tell: it is not this request's to give up.
             running.give_up()
@@ -341,17 +348,22 @@ class RequestCalls:
         if self._closed:
             # Of a cycle that was dropped, the collector may find this before the file that closes its response.
             return
-        self._closed = True
-        if self.pid != forks.pid and self.is_inherited():
-            return
-        if not self.running.is_inside():
-            self._finish()
-        elif self.running.is_promoted:
+        try:
+            self._closed = True
+            if self.pid != forks.pid and self.is_inherited():
+                return
+            if not self.running.is_inside():
+                self._finish()
+            elif self.running.is_promoted:
+                self.running.leave_soon(self._task)
+                self.executor.quit()
+            else:
+                # Its loop is run further up this stack.
+                self._closes_soon = True
+        except BaseException:
+            # Interrupted: another thread does the rest.
             self.running.leave_soon(self._task)
-            self.executor.quit()
-        else:
-            # Its loop is run further up this stack.
-            self._closes_soon = True
+            raise
 
     def _finish(self) -> None:
         self._closes_soon = False

@@ -7,6 +7,7 @@ import functools
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
@@ -35,15 +36,27 @@ def check_threads() -> None:
             )
 
 
-def start_thread(work: Callable[[], None]) -> None:
+def new_thread(work: Callable[[], None]) -> threading.Thread:
+    """Return a loop thread, which has not been started."""
+    return threading.Thread(target=work, name=f"wsgi-loop-{next(_numbers)}", daemon=True)
+
+
+def start(thread: threading.Thread) -> None:
     """Start a loop thread. Raises RuntimeError if that can not be done."""
     check_threads()
-    thread = threading.Thread(target=work, name=f"wsgi-loop-{next(_numbers)}", daemon=True)
     try:
         # An empty context: from Python 3.14 on, a thread may inherit its starter's, here a request's.
         contextvars.Context().run(thread.start)
     except RuntimeError as exc:
         raise RuntimeError(f"A loop thread could not be started: {exc}") from exc
+
+
+def has_started(thread: threading.Thread) -> bool:
+    """Tell if a thread runs whose `start` was interrupted. Waits a moment for the thread."""
+    deadline = time.monotonic() + 0.2
+    while thread.ident is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return thread.ident is not None
 
 
 class SyncThread(Executor):

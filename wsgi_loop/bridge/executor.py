@@ -49,6 +49,8 @@ class Executor(CurrentThreadExecutor):
         self.options = options
         self.outer = outer
         self.over = False
+        #: One object for each thread that waits with it: nearly always one at most.
+        self._waiting: set[object] = set()
         self.jobs: SimpleQueue[Any] = SimpleQueue()
         self._wake = wake
         self.thread_id = get_ident()
@@ -118,15 +120,26 @@ class Executor(CurrentThreadExecutor):
     def serve_until(self, waited: Waited, timeout: float | None = None) -> bool:
         """Run what comes until `waited` is done, or `timeout` seconds have passed. Returns whether it is done."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not waited.done():
-            try:
-                job = self.jobs.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0))
-            except Empty:
-                return waited.done()
-            if job is not None:
-                run_here(job.run)
-            del job
-        return True
+        me = object()
+        self._waiting.add(me)
+        try:
+            while not waited.done():
+                try:
+                    job = self.jobs.get(timeout=None if deadline is None else max(deadline - time.monotonic(), 0))
+                except Empty:
+                    return waited.done()
+                if job is not None:
+                    run_here(job.run)
+                elif len(self._waiting) > 1 and not waited.done():
+                    # It may have rung for another thread of the request, which waits here too.
+                    self.ring()
+                    time.sleep(0.001)
+                del job
+            return True
+        finally:
+            self._waiting.discard(me)
+            if self._waiting:
+                self.ring()
 
     def serve(self) -> None:
         """Run what is waiting."""
@@ -147,6 +160,9 @@ class Executor(CurrentThreadExecutor):
                 self.outer.put(job)
             else:
                 getattr(job, "refuse", job.future.cancel)()
+        if self._waiting:
+            # What has rung for them was taken above.
+            self.ring()
 
 
 def run_here(function: Callable[[], Any]) -> Any:
