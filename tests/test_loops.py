@@ -12,7 +12,7 @@ import uvloop
 from django.http import HttpResponse
 
 from wsgi_loop.calls import run_in_context
-from wsgi_loop.threads import start_thread
+from wsgi_loop.threads import new_thread, start
 
 from .support import call_here, eventually, loop_threads, serve
 
@@ -24,7 +24,7 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
 ) -> None:
     """uvloop's loops need one for the first call."""
 
-    def start(self: Any) -> None:
+    def refuse(self: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     def view(request: Any) -> Any:
@@ -32,7 +32,7 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
 
     with serve(view, loop_factory=uvloop.new_event_loop) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start)
+            patch.setattr(threading.Thread, "start", refuse)
             server.get()
         assert server.status.startswith("500")
         assert "A loop thread could not be started: can't start new thread" in caplog.text
@@ -43,7 +43,7 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
 def test_a_loop_thread_ends_with_its_work_and_keeps_no_process_alive() -> None:
     may_end = threading.Event()
     before = set(loop_threads())
-    start_thread(lambda: may_end.wait(60) and None)
+    start(new_thread(lambda: may_end.wait(60) and None))
     [thread] = set(loop_threads()) - before
     assert thread.daemon
     may_end.set()
@@ -54,7 +54,7 @@ def test_a_loop_thread_has_nothing_of_its_starters_context() -> None:
     """From Python 3.14 on, a thread may inherit that."""
     seen: list[str] = []
     token = variable.set("the starter's")
-    start_thread(lambda: seen.append(variable.get("unset")))
+    start(new_thread(lambda: seen.append(variable.get("unset"))))
     eventually(lambda: seen)
     variable.reset(token)
     assert seen == ["unset"]
