@@ -977,13 +977,6 @@ async def interrupted_below_sync_code() -> None:
     await sync_to_async(lambda: async_to_sync(asyncio.sleep)(60))()
 
 
-async def interrupted_where_sync_code_ends() -> None:
-    """The loop was promoted below the sync code, and its thread is busy."""
-    post = asyncio.get_running_loop().call_soon_threadsafe
-    await sync_to_async(lambda: (post(wait_busily), 0)[1])()
-    await asyncio.sleep(60)
-
-
 @both_loops
 @pytest.mark.parametrize(
     "wait",
@@ -992,7 +985,6 @@ async def interrupted_where_sync_code_ends() -> None:
         interrupted_in_a_coroutine,
         interrupted_in_sync_code,
         interrupted_below_sync_code,
-        interrupted_where_sync_code_ends,
     ],
 )
 def test_an_interrupt_passes_through_and_the_loop_is_closed(
@@ -1006,6 +998,30 @@ def test_an_interrupt_passes_through_and_the_loop_is_closed(
     # On a loop thread, a coroutine that waits busily is not interrupted.
     with serve(view, loop_factory=factory, shutdown_timeout=0.5) as server, interrupted():
         server.get()
+    eventually(loops[0].is_closed)
+    assert no_loop_is_running()
+
+
+def test_an_interrupt_where_sync_code_ends_waits_for_the_loop_thread(loops: Loops, interruptible: None) -> None:
+    """The loop was promoted below the sync code, and its thread is busy: the step has to be ended first."""
+    may_go_on = threading.Event()
+
+    async def view(request: Any) -> Any:
+        loops.append(asyncio.get_running_loop())
+        post = asyncio.get_running_loop().call_soon_threadsafe
+        await sync_to_async(lambda: (post(may_go_on.wait, 60), 0)[1])()
+        return HttpResponse()
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+        may_go_on.set()
+
+    with serve(view, shutdown_timeout=5) as server, pytest.raises(KeyboardInterrupt):
+        timer = threading.Timer(0.5, interrupt)
+        timer.start()
+        server.get()
+    timer.join()
     eventually(loops[0].is_closed)
     assert no_loop_is_running()
 

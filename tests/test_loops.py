@@ -15,6 +15,7 @@ from asgiref.sync import async_to_sync
 from django.http import HttpResponse
 
 from wsgi_loop.calls import run_in_context
+from wsgi_loop.threads import new_thread, start
 
 from .support import call_here, eventually, loop_threads, serve
 
@@ -26,7 +27,7 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
 ) -> None:
     """uvloop's loops need one for the first call."""
 
-    def start(self: Any) -> None:
+    def refuse(self: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     def view(request: Any) -> Any:
@@ -34,7 +35,7 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
 
     with serve(view, loop_factory=uvloop.new_event_loop) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start)
+            patch.setattr(threading.Thread, "start", refuse)
             server.get()
         assert server.status.startswith("500")
         assert "A loop thread could not be started: can't start new thread" in caplog.text
@@ -47,40 +48,21 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
 
 def test_a_loop_thread_ends_with_its_request_and_keeps_no_process_alive() -> None:
     before = set(loop_threads())
-
-    with serve(lambda request: HttpResponse(str(call_here().thread)), loop_factory=uvloop.new_event_loop) as server:
-        response = server.open()
-        [thread] = set(loop_threads()) - before
-        assert b"".join(response) == str(thread.ident).encode()
-        assert thread.daemon
-        response.close()
-        eventually(lambda: not thread.is_alive())
+    start(new_thread(lambda: may_end.wait(60) and None))
+    [thread] = set(loop_threads()) - before
+    assert thread.daemon
+    may_end.set()
+    eventually(lambda: not thread.is_alive())
 
 
-def test_a_loop_thread_keeps_nothing_of_its_starters_context() -> None:
-    """From Python 3.14 on, a thread may inherit that, and it would be held for as long as the thread runs."""
-    seen: list[weakref.ref[Any]] = []
-
-    class Held:
-        pass
-
-    def view(request: Any) -> Any:
-        held = Held()
-        seen.append(weakref.ref(held))
-        token = variable.set(held)
-        del held
-        # The loop's first call has the loop made and its thread started.
-        async_to_sync(asyncio.sleep)(0)
-        variable.reset(token)
-        del token
-        # As the task of the loop calls takes over what their callers have in theirs.
-        async_to_sync(asyncio.sleep)(0)
-        gc.collect()
-        assert seen[0]() is None
-        return HttpResponse(b"served")
-
-    with serve(view, loop_factory=uvloop.new_event_loop) as server:
-        assert server.get() == b"served"
+def test_a_loop_thread_has_nothing_of_its_starters_context() -> None:
+    """From Python 3.14 on, a thread may inherit that."""
+    seen: list[str] = []
+    token = variable.set("the starter's")
+    start(new_thread(lambda: seen.append(variable.get("unset"))))
+    eventually(lambda: seen)
+    variable.reset(token)
+    assert seen == ["unset"]
 
 
 def test_a_coroutine_that_is_run_in_a_context_sees_and_sets_its_variables() -> None:

@@ -84,6 +84,8 @@ class LoopCall:
     result: Any = _UNSET
     exception: BaseException | None = None
     is_done = False
+    #: The task that was begun by hand, in sync code below a step of which the call is made.
+    below: Any = None
 
     def __init__(
         self,
@@ -307,7 +309,7 @@ class RequestTask:
             try:
                 call.result = await run_in_context(self.context, call.coroutine)
             except GeneratorExit as exc:
-                if not self._ending:
+                if not self._ending and not call.is_done:
                     # Not that of a task which is closed.
                     call.exception = exc
                 raise

@@ -49,6 +49,12 @@ class EventLoop(asyncio.SelectorEventLoop):
         super()._make_self_pipe()  # type: ignore[misc]
         return self._selector  # type: ignore[no-any-return]
 
+    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:  # type: ignore[override]
+        # By way of the sockets signals wake the loop up.
+        if self._csock is None:
+            self.make_selector()
+        super().add_signal_handler(sig, callback, *args)
+
     def _close_self_pipe(self) -> None:
         if self._ssock is not None:
             super()._close_self_pipe()  # type: ignore[misc]

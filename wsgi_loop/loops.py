@@ -26,7 +26,7 @@ from typing import Any
 from .bridge.executor import Executor, current_executor, loop_executors
 from .bridge.storage import is_loop_call, move_here
 from .calls import LoopCall, NoLoop, RequestTask, name_of
-from .resources import drop_keepers, is_kept, keepers_of
+from .resources import drop_keepers, is_kept, keepers_of, kept
 from .threads import has_started, new_thread, start
 
 logger = logging.getLogger("wsgi_loop")
@@ -42,6 +42,7 @@ _MOST_NAMES = 10
 _STAND_INS = (
     "call_soon",
     "call_soon_threadsafe",
+    "create_task",
     "run_in_executor",
     "_asyncgen_firstiter_hook",
     "_asyncgen_finalizer_hook",
@@ -317,6 +318,8 @@ class RunningLoop:
                     request_task.watch()
                 return
             task = RunningLoop.new_task(self, *self._prepare(call, request_task))
+            if call.below is not None:
+                call.below.nested = task
             # When it is cancelled before its first step, none of its own code runs.
             task.add_done_callback(lambda _: self.finish(call), context=contextvars.Context())
         except BaseException as exc:
@@ -352,9 +355,10 @@ class RunningLoop:
 
     def _begin_generator(self, of_loop: Callable[[Any], object] | None, generator: Any) -> None:
         """Called when an async generator takes its first step. of_loop: what the loop does then."""
-        if self._generators is None:
-            self._generators = weakref.WeakKeyDictionary()
-        self._generators[generator] = current_executor()
+        if kept.get() is None:  # else a keeper closes it
+            if self._generators is None:
+                self._generators = weakref.WeakKeyDictionary()
+            self._generators[generator] = current_executor()
         if of_loop is not None:
             of_loop(generator)
 
@@ -559,5 +563,7 @@ class RunningLoop:
             self.loop.__dict__.pop(name, None)
         with self._lock:
             self._is_closed = True
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)
+        # Its callbacks lead back here.
+        ended, self._ended = self._ended, None
+        if ended is not None and not ended.done():
+            ended.set_result(None)

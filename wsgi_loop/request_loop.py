@@ -62,6 +62,19 @@ def _is_bound_to_thread(task: asyncio.Task[Any]) -> bool:
     return False
 
 
+class _Task(asyncio.Task[Any]):
+    """A task whose steps are taken by hand."""
+
+    #: That of a nested call, for which sync code waits below a step of this one.
+    nested: asyncio.Task[Any] | None = None
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self.nested is not None and not self.nested.done():
+            # This one waits for that one, as asgiref has it.
+            return self.nested.cancel(msg)
+        return super().cancel(msg)
+
+
 class _StepIsDue(SystemExit):
     """Raised through a loop that is run by hand: asyncio lets it pass. What is ready after the step stays so."""
 
@@ -91,11 +104,12 @@ class RequestLoop(RunningLoop):
         #: Steps that are to be taken by hand; the tasks whose steps are; and those whose steps are being taken.
         self._steps: deque[tuple[Any, tuple[Any, ...], Any]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stepping: list[asyncio.Task[Any]] = []
+        self._stepping: list[_Task] = []
         self.can_run_by_hand = type(self.loop) is EventLoop or all(hasattr(self.loop, name) for name in _BY_HAND)
         self._call_soon: Callable[..., Any] = self.loop.call_soon
         if self.can_run_by_hand:
             self.loop.__dict__["call_soon"] = self._call_soon_by_hand
+            self.loop.__dict__["create_task"] = partial(self._create_task, self.loop.create_task)
 
     def begin(self, executor: Executor) -> None:
         # For what runs with no executor in its context: asgiref would send all of it to one thread of the process.
@@ -152,7 +166,8 @@ class RequestLoop(RunningLoop):
             if self.is_promoted or self._stopped or self._held > 1 or self.loop.is_closed():
                 return
             if not any(map(_is_bound_to_thread, all_tasks(self.loop))):
-                self.loop.__dict__.pop("call_soon", None)
+                for name in ("call_soon", "create_task"):
+                    self.loop.__dict__.pop(name, None)
                 while self._steps:
                     callback, args, context = self._steps.popleft()
                     self._call_soon(callback, *args, context=context)
@@ -181,6 +196,8 @@ class RequestLoop(RunningLoop):
                     task: Any = request_task.task
                 else:
                     task = self.new_task(*self._prepare(call, request_task))
+                    if self._stepping:
+                        self._stepping[-1].nested = task
             except BaseException:
                 self._calls.discard(call)
                 raise
@@ -235,19 +252,32 @@ class RequestLoop(RunningLoop):
             return super().new_task(coroutine, name, context)
         self._makes_task = True
         try:
-            task = super().new_task(coroutine, name, context)
+            task = _Task(coroutine, loop=self.loop, name=name, context=context)
+        except BaseException:
+            coroutine.close()
+            raise
         finally:
             self._makes_task = False
         self._tasks.add(task)
         return task
+
+    def hand_over(self, call: LoopCall, request_task: RequestTask | None = None) -> None:
+        if self._stepping and self.driver == get_ident():
+            call.below = self._stepping[-1]
+        super().hand_over(call, request_task)
+
+    def _create_task(self, create_task: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the loop's own method. An eager task asks the loop for nothing before it has waited once."""
+        self._has_other_tasks = True
+        return create_task(*args, **kwargs)
 
     def _call_soon_by_hand(self, callback: Any, *args: Any, context: Any = None) -> Any:
         """Stands in for the loop's own method, by way of which asyncio's tasks take their steps."""
         task = getattr(callback, "__self__", None)
         if isinstance(task, asyncio.Task):
             if self._makes_task or task in self._tasks:
-                if self.loop._ready:
-                    # What was ready before comes before.
+                if self.loop._ready or (self._stepping and not self._makes_task):
+                    # What was ready before comes before. A task that asks for its next step lets the loop have a turn.
                     return self._call_soon(self._stop_for_step, callback, args, context)
                 self._steps.append((callback, args, context))
                 self.loop.stop()
@@ -278,7 +308,8 @@ class RequestLoop(RunningLoop):
             # First what other requests of the thread would stumble over, should an interrupt come.
             _set_running_loop(None)
             sys.set_asyncgen_hooks(*hooks)
-            loop._thread_id = None
+            # Of a loop that has been promoted below the step: its thread.
+            loop._thread_id = self.thread_id
             self._stepping.pop()
             if task.done():
                 self._tasks.discard(task)
@@ -348,8 +379,10 @@ class RequestLoop(RunningLoop):
                 self._turn.acquire()
             self._held = held
             is_promoted = self.is_promoted
-            if is_promoted:
-                self._hold()
+            interrupt = self._hold() if is_promoted else None
+            if interrupt is not None:
+                give, outcome = fail, interrupt
+                del interrupt
             sys.set_asyncgen_hooks(*hooks)
             loop._thread_id = get_ident()
             _set_running_loop(loop)
@@ -371,24 +404,29 @@ class RequestLoop(RunningLoop):
             let_go()
         self.answer(*answer)
 
-    def _hold(self) -> None:
-        """Have the loop's thread stand still, until this one has taken to its end a step that it had begun before."""
+    def _hold(self) -> BaseException | None:
+        """Have the loop's thread stand still, until this one has taken to its end a step that it had begun before.
+
+        Returns what has interrupted the waiting for that: the step has to be ended first.
+        """
         stands, may_go_on = threading.Lock(), threading.Lock()
         stands.acquire()
         may_go_on.acquire()
+        interrupt = None
 
         def stand_still() -> None:
             stands.release()
             may_go_on.acquire()
 
-        try:
-            if self.post_to_open(stand_still):
-                while not stands.acquire(timeout=0.1) and not self._is_closed:
-                    pass
-        except BaseException:
-            may_go_on.release()
-            raise
+        is_posted = self.post_to_open(stand_still)
+        while is_posted and not self._is_closed:
+            try:
+                if stands.acquire(timeout=0.1):
+                    break
+            except BaseException as exc:
+                interrupt = exc
         self._after_step = may_go_on.release
+        return interrupt
 
     def _see_to_posts(self) -> None:
         # Nobody would run that while the request thread is in sync code.

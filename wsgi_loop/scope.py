@@ -279,6 +279,10 @@ class RequestCalls:
             if isinstance(running, RequestLoop) and running.take():
                 try:
                     running.drive(call, task)
+                except RuntimeError:
+                    # Another thread has given the loop up meanwhile, and answered the call.
+                    if not call.is_done:
+                        raise
                 finally:
                     running.release()
             else:
