@@ -78,7 +78,7 @@ def test_it_makes_them_once_when_it_waits_and_closes_them(made: list[str]) -> No
     before = descriptors()
     loop = EventLoop()
     for _ in range(3):
-        loop.run_until_complete(asyncio.sleep(0.001))
+        loop.run_until_complete(asyncio.sleep(0.1))
     assert made == ["DefaultSelector", "socketpair"]
     assert len(descriptors() - before) == 3
     loop.close()
@@ -106,7 +106,7 @@ def test_it_takes_the_selector_that_is_the_default_then(
     monkeypatch: pytest.MonkeyPatch, loop: EventLoop, name: str
 ) -> None:
     monkeypatch.setattr(selectors, "DefaultSelector", getattr(selectors, name))
-    loop.run_until_complete(asyncio.sleep(0.001))
+    loop.run_until_complete(asyncio.sleep(0.1))
     assert type(loop._selector).__name__ == name
 
 
