@@ -1017,10 +1017,11 @@ def test_an_interrupt_where_sync_code_ends_waits_for_the_loop_thread(loops: Loop
         time.sleep(0.2)
         may_go_on.set()
 
-    with serve(view, shutdown_timeout=5) as server, pytest.raises(KeyboardInterrupt):
-        timer = threading.Timer(0.5, interrupt)
+    timer = threading.Timer(0.5, interrupt)
+    with serve(view, shutdown_timeout=5) as server:
         timer.start()
-        server.get()
+        with pytest.raises(KeyboardInterrupt):
+            server.get()
     timer.join()
     eventually(loops[0].is_closed)
     assert no_loop_is_running()

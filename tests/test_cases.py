@@ -1039,11 +1039,11 @@ def test_an_interrupt_while_a_loop_thread_is_started(
     scope: str, exception: Any, monkeypatch: pytest.MonkeyPatch, loops: Loops
 ) -> None:
     """`Thread.start` waits for the thread, which is running by then."""
-    start = loops_module.start_thread
+    start = loops_module.start
     interrupts = [exception("limit")]
 
-    def start_and_be_interrupted(work: Callable[[], None]) -> None:
-        start(work)
+    def start_and_be_interrupted(thread: threading.Thread) -> None:
+        start(thread)
         # As long as a busy machine takes.
         time.sleep(0.05)
         if interrupts:
@@ -1053,7 +1053,7 @@ def test_an_interrupt_while_a_loop_thread_is_started(
         loops.append(asyncio.new_event_loop())
         return loops[-1]
 
-    monkeypatch.setattr(loops_module, "start_thread", start_and_be_interrupted)
+    monkeypatch.setattr(loops_module, "start", start_and_be_interrupted)
     options: dict[str, Any] = {"scope": scope, "loop_factory": make, "DEBUG_PROPAGATE_EXCEPTIONS": True}
     with serve(ORDINARY, **options) as server, nothing_is_left():
         interrupts.clear()

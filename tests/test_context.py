@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import threading
 import weakref
 from typing import Any
 
@@ -14,7 +13,6 @@ from django.core.cache import caches
 from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import get_urlconf, set_urlconf
 from django.utils import timezone, translation
-
 
 from .conftest import Connect
 from .support import call_here, eventually, in_thread, loop_threads, serve, stock

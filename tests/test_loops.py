@@ -6,12 +6,10 @@ import asyncio
 import contextvars
 import gc
 import threading
-import weakref
 from typing import Any
 
 import pytest
 import uvloop
-from asgiref.sync import async_to_sync
 from django.http import HttpResponse
 
 from wsgi_loop.calls import run_in_context

@@ -290,6 +290,8 @@ class RequestLoop(RunningLoop):
             context.run(callback, *args)
         else:
             self._steps.append((callback, args, context))
+            # Also for when an interrupt comes in place of what is raised.
+            self.loop.stop()
             raise _StepIsDue
 
     def _take_step(self) -> None:

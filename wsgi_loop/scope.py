@@ -277,6 +277,7 @@ class RequestCalls:
             call = LoopCall(coroutine, named, executor, caller, is_in_line, task_context, is_step, is_end)
             task = self._task
             if isinstance(running, RequestLoop) and running.take():
+                depth = running.depth
                 try:
                     running.drive(call, task)
                 except RuntimeError:
@@ -284,6 +285,8 @@ class RequestCalls:
                     if not call.is_done:
                         raise
                 finally:
+                    # An interrupt may have come where this was about to be done.
+                    running.depth = depth
                     running.release()
             else:
                 running.hand_over(call, task)
