@@ -44,7 +44,8 @@ def test_a_loop_thread_that_can_not_be_started_fails_the_call_and_not_in_silence
         assert server.status.startswith("200")
 
 
-def test_a_loop_thread_ends_with_its_request_and_keeps_no_process_alive() -> None:
+def test_a_loop_thread_ends_with_its_work_and_keeps_no_process_alive() -> None:
+    may_end = threading.Event()
     before = set(loop_threads())
     start(new_thread(lambda: may_end.wait(60) and None))
     [thread] = set(loop_threads()) - before
