@@ -416,9 +416,9 @@ class RunningLoop:
 
     def start(self) -> None:
         """Give the loop its thread. Raises RuntimeError if that can not be started."""
-        self.is_promoted = True
         thread = new_thread(self._work)
         try:
+            self.is_promoted = True
             start(thread)
         except BaseException as exc:
             # An interrupt may come when the thread runs already, and then it ends the loop.

@@ -85,7 +85,12 @@ def _start(options: Options, door: Door) -> ProcessLoop:
         release,
     )
     loop_executors[running.loop] = executor
-    running.start()
+    try:
+        running.start()
+    except BaseException:
+        # Interrupted, when the thread runs perhaps.
+        running.close_soon()
+        raise
     return running
 
 

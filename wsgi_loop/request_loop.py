@@ -301,13 +301,16 @@ class RequestLoop(RunningLoop):
         task = callback.__self__
         hooks = sys.get_asyncgen_hooks()
         try:
-            sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
-            loop._thread_id = get_ident()
-            _set_running_loop(loop)
-            self._stepping.append(task)
-            context.run(callback, *args)
+            try:
+                sys.set_asyncgen_hooks(loop._asyncgen_firstiter_hook, loop._asyncgen_finalizer_hook)
+                loop._thread_id = get_ident()
+                _set_running_loop(loop)
+                self._stepping.append(task)
+                context.run(callback, *args)
+            finally:
+                _set_running_loop(None)
         finally:
-            # First what other requests of the thread would stumble over, should an interrupt come.
+            # Twice, should an interrupt come right there: later requests of the thread would all fail.
             _set_running_loop(None)
             sys.set_asyncgen_hooks(*hooks)
             # Of a loop that has been promoted below the step: its thread.

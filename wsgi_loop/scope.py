@@ -214,9 +214,13 @@ class RequestCalls:
     So when a request is dropped without `close()`, this is collected, and gives the loop back.
     """
 
+    #: Whether to warn when the response was dropped without `close()`.
+    tells_of_drop = True
+    #: For as long as there is no loop to close.
+    _closed = True
+
     def __init__(self, owner: str, options: Options, running: RequestLoop | ProcessLoop) -> None:
         self.running = running
-        self._closed = False
         self.pid = forks.pid
         self.executor = Executor(owner, options, None, running.interrupt)
         #: The executor, while no call waits with it: of the outermost calls, one at a time.
@@ -226,6 +230,7 @@ class RequestCalls:
         self._seen: contextvars.Context | None = None
         self._closes_soon = False
         running.begin(self.executor)
+        self._closed = False
 
     @property
     def owner(self) -> str:
@@ -397,7 +402,7 @@ class RequestCalls:
         return True
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and self.drop():
+        if not self._closed and self.drop() and self.tells_of_drop:
             message = f"{self.owner}: its response was dropped without close()"
             warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
 
