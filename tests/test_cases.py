@@ -1509,7 +1509,7 @@ def test_an_exception_at_some_lines_of_ours_is_an_error_and_nothing_else(scope: 
     assert interrupt_elsewhere(scope, "TimeLimit", ["ask_the_database", "stream_with_an_end"], 7, 120) == "done\n"
 
 
-@pytest.mark.long
+@pytest.mark.skipif(not os.environ.get("WSGI_LOOP_TEST_EACH_LINE"), reason="an hour: set WSGI_LOOP_TEST_EACH_LINE=1")
 @both_scopes
 @pytest.mark.parametrize("kind", EACH_LINE)
 @pytest.mark.parametrize("exception", EXCEPTIONS)
