@@ -528,4 +528,8 @@ class RequestLoop(RunningLoop):
             self.promote()
         except RuntimeError as exc:
             logger.error("%s: its event loop was not closed well: %s", self.owner, exc)
-        self.close_soon()
+        if self._stopped and not self.is_promoted:
+            # An interrupt came when it was about to be closed.
+            self._close()
+        else:
+            self.close_soon()
