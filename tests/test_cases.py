@@ -1375,6 +1375,8 @@ EACH_LINE = {
 EXCEPTIONS = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit, "MemoryError": MemoryError}
 EXCEPTIONS["TimeLimit"] = TimeLimit  # type: ignore[assignment]
 Line = tuple[str, int]
+#: What the loop itself calls: asyncio logs what is raised there, and goes on, as in all its callbacks.
+CALLBACKS = {"_stop_for_step"}
 
 
 class WatchedLoop(asyncio.SelectorEventLoop):
@@ -1395,6 +1397,8 @@ class Interrupter:
         self._package = os.path.dirname(wsgi_loop.__file__) + os.sep
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
+        if frame.f_code.co_name in CALLBACKS:
+            return None
         return self.trace_lines if frame.f_code.co_filename.startswith(self._package) else None
 
     def trace_lines(self, frame: Any, event: str, arg: Any) -> Any:

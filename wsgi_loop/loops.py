@@ -225,9 +225,9 @@ class RunningLoop:
         with self._lock:
             if not self._accepting:
                 raise NoLoop(f"{self.owner}: its event loop takes no more calls")
-            # Before the loop can see it, which may be done with it at once.
-            self._calls.add(call)
             try:
+                # Before the loop can see it, which may be done with it at once.
+                self._calls.add(call)
                 if not self.post_to_open(self._accept, call, request_task):
                     raise NoLoop(f"{self.owner}: its event loop is closed")
             except BaseException:

@@ -505,6 +505,9 @@ class RequestLoop(RunningLoop):
     def _close(self) -> None:
         self._tasks.clear()
         self._steps.clear()
+        if not self.is_promoted and self.can_run_by_hand:
+            # Left by an interrupt, it would keep the loop from being closed.
+            self.loop._thread_id = None
         super()._close()
 
     def leave_soon(self, request_task: RequestTask) -> None:

@@ -229,8 +229,13 @@ class RequestCalls:
         #: What the context held in which the last outermost call was made, when the call had ended.
         self._seen: contextvars.Context | None = None
         self._closes_soon = False
-        running.begin(self.executor)
         self._closed = False
+        try:
+            running.begin(self.executor)
+        except BaseException:
+            # There is no response.
+            self.tells_of_drop = False
+            raise
 
     @property
     def owner(self) -> str:
