@@ -225,14 +225,11 @@ class RunningLoop:
         with self._lock:
             if not self._accepting:
                 raise NoLoop(f"{self.owner}: its event loop takes no more calls")
-            try:
-                # Before the loop can see it, which may be done with it at once.
-                self._calls.add(call)
-                if not self.post_to_open(self._accept, call, request_task):
-                    raise NoLoop(f"{self.owner}: its event loop is closed")
-            except BaseException:
+            # Before the loop can see it, which may be done with it at once.
+            self._calls.add(call)
+            if not self.post_to_open(self._accept, call, request_task):
                 self._calls.discard(call)
-                raise
+                raise NoLoop(f"{self.owner}: its event loop is closed")
         self._see_to_posts()
 
     def give_up(self) -> None:

@@ -130,6 +130,10 @@ class RequestLoop(RunningLoop):
             self._turn.release()
             return False
         self._held += 1
+        if not self.depth and self._stepping:
+            # Left by an interrupt.
+            self._stepping.clear()
+            self.loop._thread_id = None
         return True
 
     def release(self) -> None:
@@ -505,9 +509,6 @@ class RequestLoop(RunningLoop):
     def _close(self) -> None:
         self._tasks.clear()
         self._steps.clear()
-        if not self.is_promoted and self.can_run_by_hand:
-            # Left by an interrupt, it would keep the loop from being closed.
-            self.loop._thread_id = None
         super()._close()
 
     def leave_soon(self, request_task: RequestTask) -> None:

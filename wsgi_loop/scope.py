@@ -372,8 +372,9 @@ class RequestCalls:
             if not self.running.is_inside():
                 self._finish()
             elif self.running.is_promoted:
-                self.running.leave_soon(self._task)
+                # In this order: what is asked for from now on is refused, with the reason.
                 self.executor.quit()
+                self.running.leave_soon(self._task)
             else:
                 # Its loop is run further up this stack.
                 self._closes_soon = True
@@ -402,8 +403,8 @@ class RequestCalls:
         if self.is_inherited():
             return False
         self._closed = True
-        self.running.leave_soon(self._task)
         self.executor.quit()
+        self.running.leave_soon(self._task)
         return True
 
     def __del__(self) -> None:
