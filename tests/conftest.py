@@ -28,6 +28,12 @@ def _requests_may_close_connections(django_db_blocker: Any) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_loop_of_other_modules() -> None:
+    """What counts loop threads counts those of its own module."""
+    process.shut_down()
+
+
 @pytest.fixture
 def receive() -> Iterator[Connect]:
     """Connect receivers of request_started and request_finished until the end of the test."""
