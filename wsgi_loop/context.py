@@ -72,7 +72,10 @@ class _BlockScope(RequestScope):
     """No code runs in its context, which a `with` block can not enter."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options, f"EventLoopContext on thread {threading.current_thread().name!r}")
+        self.options = options
+        self.subject = f"EventLoopContext on thread {threading.current_thread().name!r}"
+        self.calls = None
+        self._home = threadlocal.__dict__
         self._context = contextvars.Context()
 
 

@@ -68,9 +68,12 @@ class WSGIHandler(wsgi.WSGIHandler):
     ) -> Iterable[bytes]:
         if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
             _prepare_thread()
-        scope = HTTPScope(self._options, environ)
+        scope = HTTPScope()
+        scope.options = self._options
+        scope.subject = environ
+        scope.calls = None
         try:
-            response: Any = scope.run(wsgi.WSGIHandler.__call__, self, environ, start_response)
+            response: Any = scope.start(wsgi.WSGIHandler.__call__, self, environ, start_response)
         except BaseException:
             scope.close()
             raise

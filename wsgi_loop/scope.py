@@ -64,8 +64,8 @@ class RequestScope:
     create_task = None
     is_scope = True
 
-    # None has a default in the class: Python 3.11 takes 1,000 instructions a request more to find, behind one, what an
-    # instance has.
+    # Whoever makes a scope sets these three; `start` sets the rest. None has a default in the class: Python 3.11 takes
+    # 1,000 instructions a request more to find, behind one, what an instance has.
     options: Options
     subject: Any
     calls: RequestCalls | None
@@ -75,13 +75,6 @@ class RequestScope:
     #: them, which costs less to get than an identifier.
     _home: ThreadState
 
-    def __init__(self, options: Options, subject: Any) -> None:
-        self.options = options
-        self.subject = subject
-        self.calls = None
-        self._context = contextvars.copy_context()
-        self._home = threadlocal.__dict__
-
     @property
     def owner(self) -> str:
         """Whom to name in logs."""
@@ -90,6 +83,22 @@ class RequestScope:
     def per_thread(self) -> Iterable[Any]:
         """The `Local`s whose content belongs to a thread, and not to a request."""
         return ()
+
+    # `start` and `finish` are `run` for the first and the last entry. A request that makes no loop call pays for little
+    # else, so they do themselves what `run` does where nothing stands on the thread: some 5,000 instructions less.
+
+    def start(self, function: Callable[..., R], a: Any, b: Any, c: Any, /) -> R:
+        """Begin the request, in a copy of the current context, and call `function` in it with three arguments."""
+        self._context = context = contextvars.copy_context()
+        self._home = thread = threadlocal.__dict__
+        if thread:
+            return self.run(function, a, b, c)
+        thread[LOOP] = self
+        thread[LOOP_PID] = forks.pid
+        try:
+            return context.run(function, a, b, c)
+        finally:
+            thread.clear()
 
     def run(self, function: Callable[..., R], /, *args: Any) -> R:
         """Call `function` inside the request, and return what it returns.
@@ -134,9 +143,24 @@ class RequestScope:
 
     def finish(self, function: Callable[[T], object], argument: T, /) -> None:
         """Call `function` inside the request, with one argument, and `close` it."""
+        thread = threadlocal.__dict__
+        context = self._context
+        if thread or thread is not self._home or self.calls is not None or context is None:
+            try:
+                self.run(function, argument)
+            finally:
+                self.close()
+            return
+        thread[LOOP] = self
+        thread[LOOP_PID] = forks.pid
         try:
-            self.run(function, argument)
+            context.run(function, argument)
+        except RuntimeError as exc:
+            if not is_taken(exc):
+                raise
+            context.copy().run(function, argument)
         finally:
+            thread.clear()
             self._context = None
             if self.calls is not None:
                 self.close()

@@ -106,9 +106,12 @@ class ClientHandlerMixin:
             self._options = get_options()
         if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
             _prepare_thread()
-        scope = _ClientScope(self._options, environ)
+        scope = _ClientScope()
+        scope.options = self._options
+        scope.subject = environ
+        scope.calls = None
         try:
-            response = scope.run(ClientHandlerMixin._respond, self, environ, scope)
+            response = scope.start(ClientHandlerMixin._respond, self, environ, scope)
         except BaseException:
             scope.close()
             raise
