@@ -27,7 +27,6 @@ SCOPE = "wsgi_loop.scope"
 
 #: How the message of `Context.run` begins.
 _TAKEN = "cannot enter context"
-Storage = _Storage
 _MAIN_WRAP = AsyncToSync.main_wrap.__code__
 
 
