@@ -52,7 +52,7 @@ def is_loop_call(args: tuple[Any, ...]) -> bool:
 def take_apart(coroutine: Coroutine[Any, Any, Any]) -> HandedOver:
     """Look into asgiref's coroutine, which has not been started."""
     arguments: Any = coroutine.cr_frame.f_locals  # type: ignore[attr-defined]
-    return HandedOver(*[arguments[name] for name in HandedOver._fields])
+    return HandedOver(*map(arguments.__getitem__, HandedOver._fields))
 
 
 def scope_here() -> Any:
