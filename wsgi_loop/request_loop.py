@@ -249,15 +249,14 @@ class RequestLoop(RunningLoop):
             else:
                 break
 
-    def new_task(self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context) -> Any:
+    def new_task(
+        self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context, make: Any = asyncio.Task
+    ) -> Any:
         if self.is_promoted:
-            return super().new_task(coroutine, name, context)
+            return super().new_task(coroutine, name, context, make)
         self._makes_task = True
         try:
-            task = _Task(coroutine, loop=self.loop, name=name, context=context)
-        except BaseException:
-            coroutine.close()
-            raise
+            task = super().new_task(coroutine, name, context, _Task)
         finally:
             self._makes_task = False
         self._tasks.add(task)
@@ -409,7 +408,7 @@ class RequestLoop(RunningLoop):
         self._after_step = None
         if let_go is not None:
             let_go()
-        self.answer(*answer)
+        self.post_to_open(*answer)
 
     def _hold(self) -> BaseException | None:
         """Have the loop's thread stand still, until this one has taken to its end a step that it had begun before.
