@@ -447,6 +447,8 @@ class RequestLoop(RunningLoop):
         """Let what waits on the loop see what `Local`s hold, as it did on the thread that ran the loop by hand."""
         if not self.can_run_by_hand:
             return
+        # Left by an interrupt at the end of a step.
+        self.loop._thread_id = None
         contexts = [context_of(task) for task in all_tasks(self.loop)]
         contexts += [handle._context for handle in [*self.loop._ready, *self.loop._scheduled]]
         contexts += [request_task.context for request_task in self._request_tasks]
