@@ -39,7 +39,7 @@ from asgiref.sync import AsyncToSync, SyncToAsync, async_to_sync, sync_to_async
 from django.core.signals import request_finished, request_started
 from django.http import FileResponse, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule, run_state_machine_as_test
 
@@ -1144,6 +1144,12 @@ class Lives(RuleBasedStateMachine):
             life.require(len(places) <= 1, f"its loop calls were on several loops or threads: {places}")
 
 
+@settings(max_examples=1, database=None)
+@given(st.none())
+def use_hypothesis(_: None) -> None:
+    """Its first use asks the collector who refers to an object of its own, which does not look at what is frozen."""
+
+
 def run_lives(machine: Any, seconds: float = 540) -> None:
     """Run the suite's examples of a machine; or other ones, until there were as many lives as were asked for."""
     few = settings(
@@ -1162,6 +1168,7 @@ def run_lives(machine: Any, seconds: float = 540) -> None:
     logging.disable(logging.NOTSET)
     counts.clear()
     deadline = time.monotonic() + seconds
+    use_hypothesis()
     gc.collect()
     # What is there now need not be looked at after each example.
     gc.freeze()
