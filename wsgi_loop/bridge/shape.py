@@ -50,7 +50,6 @@ USED: dict[str, tuple[str, ...] | set[str]] = {
     "sync.SyncToAsync.thread_handler": {"main_event_loop", "main_event_loop_pid", "task_context", "threadlocal"},
     "sync.SyncToAsync.thread_sensitive_context": (),
     "sync.SyncToAsync.threadlocal": (),
-    "sync.ThreadSensitiveContext": (),
 }
 
 
