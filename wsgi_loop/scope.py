@@ -219,11 +219,16 @@ class RequestScope:
                 # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
                 threadlocal.__dict__[SCOPE] = self
                 owner = self.owner
-                self.calls = RequestCalls(
+                made = RequestCalls(
                     owner,
                     options,
                     process_loop or RequestLoop(options.loop_factory, options.shutdown_timeout, owner, door),
                 )
+                if self.calls is None:
+                    self.calls = made
+                else:
+                    # A finalizer has made a loop call meanwhile.
+                    made.close()
                 if self._context is None:
                     # Closed by another thread, which looked for a loop before there was one.
                     calls, self.calls = self.calls, None
