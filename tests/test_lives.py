@@ -724,17 +724,21 @@ class ServerThread:
     """A thread of a server, which serves many requests."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any], Any]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def start(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._jobs.put((future, lambda: function(*args)))
+        # From Python 3.14 on it may be a context's own what becomes of warnings.
+        shown = [(var, value) for var, value in contextvars.copy_context().items() if var.name == "_warnings_context"]
+        self._jobs.put((future, lambda: function(*args), shown))
         return future
 
     def _work(self) -> None:
         while True:
-            future, function = self._jobs.get()
+            future, function, shown = self._jobs.get()
+            for var, value in shown:
+                var.set(value)
             before = contextvars.copy_context(), dict(SyncToAsync.threadlocal.__dict__)
             try:
                 result = function()
@@ -748,7 +752,7 @@ class ServerThread:
             else:
                 future.set_result(result)
                 del result, after
-            del future, function, before
+            del future, function, shown, before
 
 
 def apply(function: Callable[[], Any]) -> Any:
