@@ -16,9 +16,16 @@ from django.dispatch import Signal
 
 from wsgi_loop import process
 
+from . import support
 from .support import eventually
 
 Connect = Callable[..., None]
+
+
+def pytest_configure() -> None:
+    """Let servers end by SIGINT. A shell's background job ignores SIGINT, and what the job starts would do so too."""
+    if signals.getsignal(signals.SIGINT) is signals.SIG_IGN:
+        signals.signal(signals.SIGINT, signals.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +36,10 @@ def _requests_may_close_connections(django_db_blocker: Any) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_process_loop_of_other_modules() -> None:
+def _no_loop_threads_of_other_modules() -> None:
     """What counts loop threads counts those of its own module."""
     process.shut_down()
+    support.threads_of_other_modules.update(threading.enumerate())
 
 
 @pytest.fixture

@@ -174,5 +174,11 @@ def eventually(condition: Callable[[], Any], seconds: float = 60, pause: float =
     return result
 
 
+#: What was there before the module of tests that runs now: a test that failed may have left a thread.
+threads_of_other_modules: set[threading.Thread] = set()
+
+
 def loop_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("wsgi-loop")]
+    """Return the loop threads that tests of this module have started."""
+    found = set(threading.enumerate()) - threads_of_other_modules
+    return [thread for thread in found if thread.name.startswith("wsgi-loop")]

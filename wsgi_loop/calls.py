@@ -11,12 +11,13 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from operator import is_
 from threading import get_ident
 from typing import Any
 
 from .bridge.executor import Executor
-from .bridge.storage import Storage, is_same_value, move_here, rehomed
+from .bridge.storage import is_same_value, move_here, rehomed
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -206,38 +207,47 @@ class RequestTask:
             return call.is_end and self.call.is_step and self._cut_off(call)
         self._begin(call)
         if self.task is None or self.task.done():
-            self.task = self._new_task(self._serve(), "wsgi-loop request task", contextvars.Context())
+            self.task = self._new_task(self._serve(self.context), "wsgi-loop request task", self.context)
         elif self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
         return True
 
-    def _begin(self, call: LoopCall) -> None:
+    def _begin(self, call: LoopCall, inside: contextvars.Context | None = None) -> None:
+        """inside: the context that this is called in, if it is the task's."""
         self.call = call
-        if not call.is_in_line and not self.context.run(self._align, call.caller):
-            # Async code set a variable that its caller has dropped, and only its own token could unset it.
-            self.context = call.caller.copy()
-            self._tokens = {}
-            move_here(self.context)
+        if not call.is_in_line:
+            caller = call.caller
+            if call.executor.thread_id != get_ident():
+                caller = caller.copy()
+                move_here(caller)
+            align = self._align if inside is self.context else partial(self.context.run, self._align)
+            if not align(caller):
+                # Async code set a variable that its caller has dropped, and only its own token could unset it.
+                self.context = caller.copy()
+                self._tokens = {}
         call.context = self.context
         call.before = self.context.copy()
 
     def _align(self, caller: contextvars.Context) -> bool:
-        """Make the current context hold what `caller` holds, on this thread. False: that can not be done."""
+        """Make the current context hold what `caller` holds. False: that can not be done."""
+        tokens = self._tokens
+        if self.task is None:
+            # The context is empty: 10,000 instructions less than to compare.
+            for var, value in caller.items():
+                tokens[var] = var.set(value)
+            return True
         for var in contextvars.copy_context():
             if var not in caller:
-                token = self._tokens.pop(var, None)
+                token = tokens.pop(var, None)
                 if token is None:
                     return False
                 var.reset(token)
-        thread_id = get_ident()
         for var, value in caller.items():
             held = var.get(_UNSET)
             if held is not value:
-                if type(value) is Storage and value.thread_id != thread_id:
-                    value = rehomed(value, thread_id)
                 token = var.set(value)
                 if held is _UNSET:
-                    self._tokens[var] = token
+                    tokens[var] = token
         return True
 
     def _cut_off(self, end: LoopCall) -> bool:
@@ -277,8 +287,8 @@ class RequestTask:
         if self.call is None and self._next_call is not None and not self._next_call.done():
             self._next_call.set_result(None)
 
-    async def _serve(self) -> None:
-        """Run one loop call after another.
+    async def _serve(self, context: contextvars.Context) -> None:
+        """Run one loop call after another. context: that of the task, in which nearly all of the calls run.
 
         A cancellation that comes in between belongs to the next call, and is delivered to it as asyncio would: at
         its first suspension. What a call leaves behind of its own (a cancellation that it swallowed, or that came
@@ -311,7 +321,10 @@ class RequestTask:
                     task.cancel(*undelivered.args)
                 undelivered = None
             try:
-                call.result = await run_in_context(self.context, call.coroutine)
+                if self.context is context:
+                    call.result = await call.coroutine
+                else:
+                    call.result = await run_in_context(self.context, call.coroutine)
             except GeneratorExit as exc:
                 if not self._ending and not call.is_done:
                     # Not that of a task which is closed.
@@ -327,13 +340,13 @@ class RequestTask:
                     carried = 0
                 # Last, and with nothing here that holds what the call held: its caller goes on at once.
                 del call
-                self.finish_call()
+                self.finish_call(context)
 
-    def finish_call(self) -> None:
-        """Answer the call that the task runs. The end of a body follows its last step."""
+    def finish_call(self, inside: contextvars.Context | None = None) -> None:
+        """Answer the call that the task runs. The end of a body follows its last step. inside: as for `_begin`."""
         call, self.call = self.call, None
         if self._end is not None:
             end, self._end = self._end, None
-            self._begin(end)
+            self._begin(end, inside)
         if call is not None:
             self._finish(call)

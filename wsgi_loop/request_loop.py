@@ -120,7 +120,8 @@ class RequestLoop(RunningLoop):
     # --- who runs the loop ---------------------------------------------------------------------------------------
 
     def is_inside(self) -> bool:
-        return super().is_inside() or (self.depth > 0 and self.driver == get_ident())
+        me = get_ident()
+        return me == self.thread_id or (self.depth > 0 and me == self.driver)
 
     def take(self) -> bool:
         """Take the turn, to run the loop by hand. False: it has a thread, or another thread has the turn."""
@@ -148,14 +149,11 @@ class RequestLoop(RunningLoop):
                 elif (self._calls and not self.depth) or (self._has_other_tasks and self._others()):
                     self.promote()
         finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self._held -= 1
-        self._turn.release()
-        # Posted when the turn was held.
-        if not self.is_promoted and not self._held and (self.loop._ready or self._steps):
-            self.promote()
+            self._held -= 1
+            self._turn.release()
+            # Posted when the turn was held.
+            if not self.is_promoted and not self._held and (self.loop._ready or self._steps):
+                self.promote()
 
     def promote(self) -> None:
         """Give the loop a thread of its own, if that can be.

@@ -24,7 +24,6 @@ SCOPE = "wsgi_loop.scope"
 
 #: How the message of `Context.run` begins.
 _TAKEN = "cannot enter context"
-Storage = _Storage
 _MAIN_WRAP = AsyncToSync.main_wrap.__code__
 
 
@@ -50,7 +49,7 @@ def is_loop_call(args: tuple[Any, ...]) -> bool:
 def take_apart(coroutine: Coroutine[Any, Any, Any]) -> HandedOver:
     """Look into asgiref's coroutine, which has not been started."""
     arguments: Any = coroutine.cr_frame.f_locals  # type: ignore[attr-defined]
-    return HandedOver(*[arguments[name] for name in HandedOver._fields])
+    return HandedOver(*map(arguments.__getitem__, HandedOver._fields))
 
 
 def scope_here() -> Any:
