@@ -129,8 +129,12 @@ def stock(view: Any, **options: Any) -> serve:
     return serve(view, handler=DjangoHandler, **options)
 
 
-def in_thread(function: Callable[[], Any]) -> Any:
-    """Call `function` on a new thread, and return or raise what it does."""
+class Hangs(AssertionError):
+    """What a test calls takes too long."""
+
+
+def in_thread(function: Callable[[], Any], seconds: float = 60) -> Any:
+    """Call `function` on a new thread, and return or raise what it does. Raises Hangs if it takes longer."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -139,10 +143,12 @@ def in_thread(function: Callable[[], Any]) -> Any:
         except BaseException as exc:
             outcome[:] = [None, exc]
 
-    thread = threading.Thread(target=run)
+    # Not waited for by the end of the process.
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(60)
-    assert outcome, "the thread hangs"
+    thread.join(seconds)
+    if not outcome:
+        raise Hangs(f"{function} takes more than {seconds} s")
     result, exc = outcome
     if exc is not None:
         raise exc

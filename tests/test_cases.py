@@ -37,7 +37,7 @@ from wsgi_loop import loops as loops_module
 from wsgi_loop import process
 
 from .conftest import Connect
-from .support import Server, call_here, eventually, here, loop_threads, serve
+from .support import Hangs, Server, call_here, eventually, here, in_thread, loop_threads, serve
 
 pytestmark = pytest.mark.usefixtures("new_process_loop")
 
@@ -48,35 +48,9 @@ both_scopes = pytest.mark.parametrize("scope", ["request", "process"])
 user: contextvars.ContextVar[str | None] = contextvars.ContextVar("user", default=None)
 
 
-class Hangs(Exception):
-    pass
-
-
-def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Call `function` on a new thread, and return or raise what it does. Raises Hangs if it takes longer."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome[:] = [function(), None]
-        except BaseException as exc:
-            outcome[:] = [None, exc]
-
-    # Not waited for by the end of the process.
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise Hangs(f"{function} takes more than {seconds} s")
-    result, exc = outcome
-    if exc is not None:
-        raise exc
-    return result
-
-
 def get(server: Server, url: str = "/") -> bytes:
     """Serve a request on a thread of its own, and require that it has an answer."""
-    answer: bytes = within(20, lambda: server.get(url))
+    answer: bytes = in_thread(lambda: server.get(url), 20)
     return answer
 
 
@@ -293,7 +267,7 @@ def test_a_callback_that_was_left_never_runs_in_a_later_request(rounds: int) -> 
             for name in ORDINARY:
                 server.get(f"/{name}")
 
-        within(20, serve_both)
+        in_thread(serve_both, 20)
     assert ran == []
 
 
@@ -349,7 +323,7 @@ def see_thread_locals(promotes: bool, **options: Any) -> list[str]:
         return HttpResponse(found)
 
     with serve(view, **options) as server:
-        return within(20, lambda: [server.get(QUERY_STRING=f"user={name}").decode() for name in ("a", "b", "c")])  # type: ignore[no-any-return]
+        return in_thread(lambda: [server.get(QUERY_STRING=f"user={name}").decode() for name in ("a", "b", "c")], 20)  # type: ignore[no-any-return]
 
 
 def test_what_async_code_leaves_in_a_threading_local_of_a_loop_thread_ends_with_its_request() -> None:
@@ -440,7 +414,7 @@ def test_a_task_that_a_loop_call_of_sync_code_has_left_is_cancelled_and_named(
     with serve(view) as server:
         response = server.open()
         if is_elsewhere:
-            within(20, response.close)
+            in_thread(response.close, 20)
         else:
             response.close()
     assert events == ["cleaned up"]
@@ -627,11 +601,11 @@ def test_what_a_view_does_to_its_loop_is_its_own_affair(scope: str, name: str, l
 
         for _ in range(2):
             with contextlib.suppress(SystemExit):
-                answer = within(20, misbehave)
+                answer = in_thread(misbehave, 20)
                 if name.startswith("stop"):
                     assert answer in (b"stopped", b"x")
             assert_that_others_are_served(server)
-        within(20, process.shut_down)
+        in_thread(process.shut_down, 20)
         eventually(lambda: not loop_threads())
     for loop in extra:
         loop.close()
@@ -655,7 +629,7 @@ def test_a_task_factory_that_fails_makes_nobody_wait(scope: str) -> None:
             # It is everybody's loop, and what makes no task of its own goes on.
             assert [get(server, "/plain"), get(server, "/stream")] == [b"plain", b"12"]
             assert b"Server Error" in get(server, "/calls")
-        within(20, process.shut_down)
+        in_thread(process.shut_down, 20)
         assert_that_others_are_served(server)
 
 
@@ -692,7 +666,7 @@ def make_a_loop_with_a_task_factory_that_fails() -> asyncio.AbstractEventLoop:
 def test_a_loop_factory_with_a_task_factory_of_its_own(scope: str, factory: Any) -> None:
     with serve(ORDINARY, scope=scope, loop_factory=factory) as server:
         assert_that_others_are_served(server)
-        within(20, process.shut_down)
+        in_thread(process.shut_down, 20)
 
 
 # The views' own coroutines, for which asyncio could make no task. They may be collected at any time.
@@ -704,7 +678,7 @@ def test_a_loop_factory_whose_task_factory_fails_makes_nobody_wait(scope: str, s
         for name in ORDINARY:
             with contextlib.suppress(ZeroDivisionError):
                 get(server, f"/{name}")
-        within(20, process.shut_down)
+        in_thread(process.shut_down, 20)
     eventually(lambda: not loop_threads())
     gc.collect()
     with serve(ORDINARY, scope=scope) as server:
@@ -950,7 +924,7 @@ def test_calls_that_are_nested_too_deep_are_an_error(scope: str, silence: None) 
             # The end of the stack comes at another line each time.
             for more in range(0, 24, 2):
                 with contextlib.suppress(RecursionError):
-                    within(20, lambda levels=levels, more=more: sink(more, lambda: server.get(f"/{levels}")))  # type: ignore[misc]
+                    in_thread(lambda levels=levels, more=more: sink(more, lambda: server.get(f"/{levels}")), 20)  # type: ignore[misc]
                     answers[server.status[:3]] += 1
         assert_that_others_are_served(server)
         process.shut_down()
@@ -1097,7 +1071,7 @@ def test_an_answer_that_meets_the_end_of_the_stack_is_not_lost(scope: str, silen
         deep = sys.getrecursionlimit()
         for levels in range(deep - 170, deep - 20):
             with contextlib.suppress(RecursionError):
-                within(20, lambda levels=levels: sink(levels, lambda: server.get("/0")))  # type: ignore[misc]
+                in_thread(lambda levels=levels: sink(levels, lambda: server.get("/0")), 20)  # type: ignore[misc]
                 answers[server.status[:3]] += 1
         assert_that_others_are_served(server)
         process.shut_down()
@@ -1224,7 +1198,7 @@ def serve_on_three_threads(serve_one: Callable[[int], None], count: int) -> None
             thread.join()
         assert not failed, failed
 
-    within(60, serve_all)
+    in_thread(serve_all, 60)
 
 
 @both_scopes
@@ -1290,7 +1264,7 @@ def test_a_response_that_is_dropped_in_async_code_leaves_its_loop_running(scope:
                 del response
                 return server.get("/drop")
 
-            assert within(20, open_and_drop) == b"as before"
+            assert in_thread(open_and_drop, 20) == b"as before"
         assert_that_others_are_served(server)
 
 
@@ -1305,7 +1279,7 @@ def test_a_response_that_is_dropped_in_a_loop_of_asyncios_own_leaves_that_runnin
             gc.collect()
             return asyncio._get_running_loop() is loop
 
-        assert within(20, lambda: asyncio.run(drop()))
+        assert in_thread(lambda: asyncio.run(drop()), 20)
 
 
 # --- an exception at each line -------------------------------------------------------------------------------------
@@ -1481,9 +1455,9 @@ def interrupt_at_each_line(scope: str, exception: str, kind: str, step: int) -> 
 
         for limit in (2, None) if kind == "stream_with_an_end" else (None,):
             for _ in range(2):
-                within(20, functools.partial(attempt_and_go_on, limit))
+                in_thread(functools.partial(attempt_and_go_on, limit), 20)
             interrupter.lines.clear()
-            within(20, functools.partial(attempt_and_go_on, limit))
+            in_thread(functools.partial(attempt_and_go_on, limit), 20)
             lines = list(interrupter.lines)
             assert len(lines) > 50
             gc.collect()
@@ -1492,7 +1466,7 @@ def interrupt_at_each_line(scope: str, exception: str, kind: str, step: int) -> 
                 before = leaks()
                 interrupter.target = line
                 try:
-                    found = within(20, functools.partial(attempt_and_go_on, limit))
+                    found = in_thread(functools.partial(attempt_and_go_on, limit), 20)
                 except Hangs:
                     return [*problems, f"{kind} {line}: hangs"]
                 found += settle(before)

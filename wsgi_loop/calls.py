@@ -11,7 +11,6 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Coroutine, Generator
-from functools import partial
 from operator import is_
 from threading import get_ident
 from typing import Any
@@ -220,8 +219,8 @@ class RequestTask:
             if call.executor.thread_id != get_ident():
                 caller = caller.copy()
                 move_here(caller)
-            align = self._align if inside is self.context else partial(self.context.run, self._align)
-            if not align(caller):
+            is_inside = inside is self.context
+            if not (self._align(caller) if is_inside else self.context.run(self._align, caller)):
                 # Async code set a variable that its caller has dropped, and only its own token could unset it.
                 self.context = caller.copy()
                 self._tokens = {}

@@ -110,14 +110,14 @@ class Work:
         try:
             result = self._function()
         except BaseException as exc:
-            self._running.answer(fail, self.future, exc)
+            self._running.post_to_open(fail, self.future, exc)
             # The exception leads here, and the future leads to the exception.
             del self
         else:
-            self._running.answer(succeed, self.future, result)
+            self._running.post_to_open(succeed, self.future, result)
 
     def refuse(self) -> None:
-        self._running.answer(self.future.cancel)
+        self._running.post_to_open(self.future.cancel)
 
 
 class RunningLoop:
@@ -214,10 +214,6 @@ class RunningLoop:
             return False
         return True
 
-    def answer(self, function: Callable[..., object], *args: Any) -> None:
-        """Have the loop call a function that sets the result of a future."""
-        self.post_to_open(function, *args)
-
     def interrupt(self) -> None:
         """Called when there is work for a thread that waits for a loop call."""
 
@@ -301,10 +297,12 @@ class RunningLoop:
 
     # --- on the thread that runs the loop ------------------------------------------------------------------------
 
-    def new_task(self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context) -> Any:
+    def new_task(
+        self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context, make: Any = asyncio.Task
+    ) -> Any:
         """Make a task that serves loop calls. Not by `create_task`: a user's task factory has no part in it."""
         try:
-            return asyncio.Task(coroutine, loop=self.loop, name=name, context=context)
+            return make(coroutine, loop=self.loop, name=name, context=context)
         except BaseException:
             coroutine.close()
             raise

@@ -249,15 +249,14 @@ class RequestLoop(RunningLoop):
             else:
                 break
 
-    def new_task(self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context) -> Any:
+    def new_task(
+        self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context, make: Any = asyncio.Task
+    ) -> Any:
         if self.is_promoted:
-            return super().new_task(coroutine, name, context)
+            return super().new_task(coroutine, name, context, make)
         self._makes_task = True
         try:
-            task = _Task(coroutine, loop=self.loop, name=name, context=context)
-        except BaseException:
-            coroutine.close()
-            raise
+            task = super().new_task(coroutine, name, context, _Task)
         finally:
             self._makes_task = False
         self._tasks.add(task)
@@ -409,7 +408,7 @@ class RequestLoop(RunningLoop):
         self._after_step = None
         if let_go is not None:
             let_go()
-        self.answer(*answer)
+        self.post_to_open(*answer)
 
     def _hold(self) -> BaseException | None:
         """Have the loop's thread stand still, until this one has taken to its end a step that it had begun before.
@@ -448,6 +447,8 @@ class RequestLoop(RunningLoop):
         """Let what waits on the loop see what `Local`s hold, as it did on the thread that ran the loop by hand."""
         if not self.can_run_by_hand:
             return
+        # Left by an interrupt at the end of a step.
+        self.loop._thread_id = None
         contexts = [context_of(task) for task in all_tasks(self.loop)]
         contexts += [handle._context for handle in [*self.loop._ready, *self.loop._scheduled]]
         contexts += [request_task.context for request_task in self._request_tasks]
