@@ -2,6 +2,10 @@
 
 They tell the same on every machine, busy or not, where a clock does not. Knows what `benchmarks.instructions_app`
 prints.
+
+python -m benchmarks.instructions PAGE
+
+Counts, and writes what was counted into the table of this page, into the rows of this Python and this Django.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import django
 
 ROOT = Path(__file__).parents[1]
 FEW, MANY = 20, 60
@@ -77,3 +84,43 @@ def measure(workload: str) -> list[dict[str, Any]]:
         }
         for which, count in counted.items()
     ]
+
+
+TITLES = {"sync_bare": "sync view, no middleware", "sync_default": "sync view", "async_view": "async view"}
+HEADING = "| Python | Django | request | `stock` | `request` | `process` |\n| --- | --- | --- | ---: | ---: | ---: |\n"
+
+
+def with_rows(page: str, python: str, django_: str, counted: dict[str, dict[str, float]]) -> str:
+    """Return a page whose table has these rows in place of those of the same two versions.
+
+    counted: by workload and handler. Raises ValueError if there is no such table.
+    """
+    before, heading, rest = page.partition(HEADING)
+    if not heading:
+        raise ValueError(f"There is no table with the heading {HEADING.splitlines()[0]!r}.")
+    rows = list(takewhile(lambda line: line.startswith("|"), rest.splitlines()))
+    after = rest.splitlines()[len(rows) :]
+    rows = [row for row in rows if not row.startswith(f"| {python} | {django_} |")]
+    for workload, counts in counted.items():
+        stock = counts["stock"]
+        ours = [f"{counts[scope]:,.0f} ({counts[scope] / stock:.3f})" for scope in ("request", "process")]
+        rows.append(f"| {python} | {django_} | {TITLES[workload]} | {stock:,.0f} | {' | '.join(ours)} |")
+    # Stable: the workloads of two versions stay in order.
+    rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+", " ".join(row.split("|")[1:3]))])
+    return before + heading + "".join(f"{line}\n" for line in [*rows, *after])
+
+
+def main(page: Path) -> None:
+    if reason := missing():
+        raise SystemExit(reason)
+    text = page.read_text()
+    # Before it counts, which takes minutes.
+    with_rows(text, "0", "0", {})
+    python, django_ = (f"{version[0]}.{version[1]}" for version in (sys.version_info, django.VERSION))
+    counted = {workload: per_request(workload) for workload in COUNTED}
+    # Another Python may have written its rows meanwhile.
+    page.write_text(with_rows(page.read_text(), python, django_, counted))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -22,6 +22,12 @@ from .support import eventually
 Connect = Callable[..., None]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: pytest-xdist needs the same name in each process: give it ids")
+
+
 def pytest_configure() -> None:
     """Let servers end by SIGINT. A shell's background job ignores SIGINT, and what the job starts would do so too."""
     if signals.getsignal(signals.SIGINT) is signals.SIG_IGN:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import contenders, handler, workloads
+from benchmarks import contenders, handler, instructions, workloads
 from benchmarks.contenders import CONTENDERS
 from benchmarks.workloads import WORKLOADS
 
@@ -98,6 +98,24 @@ def test_functions_are_counted_that_a_request_enters() -> None:
     assert all(figures[name]["asgiref_entries"] > 0 for name in ("stock", "request", "process"))
     assert "entries" not in figures["floor"]
     assert "entries" not in measure(few("sync_bare"), "request")["request"]
+
+
+def test_instructions_are_written_into_their_rows() -> None:
+    page = f"before\n{instructions.HEADING}\nafter\n"
+    counts = {"stock": 2_000.0, "request": 1_500.0, "process": 3_000.0}
+    for python, workloads_ in (("3.14", ("sync_bare", "async_view")), ("3.9", ("sync_bare",))):
+        page = instructions.with_rows(page, python, "6.1", dict.fromkeys(workloads_, counts))
+    page = instructions.with_rows(page, "3.14", "6.1", {"sync_bare": counts | {"request": 2_100.0}})
+    assert page == (
+        f"before\n{instructions.HEADING}"
+        "| 3.9 | 6.1 | sync view, no middleware | 2,000 | 1,500 (0.750) | 3,000 (1.500) |\n"
+        "| 3.14 | 6.1 | sync view, no middleware | 2,000 | 2,100 (1.050) | 3,000 (1.500) |\n"
+        "\nafter\n"
+    )
+    with pytest.raises(ValueError, match="no table with the heading"):
+        instructions.with_rows("before\n", "3.14", "6.1", {})
+    # That of the page.
+    instructions.with_rows((ROOT / "docs" / "benchmarks.md").read_text(), "3.14", "6.1", {})
 
 
 def test_a_stream_is_read_to_its_end() -> None:

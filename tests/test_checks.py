@@ -15,6 +15,8 @@ import asgiref
 import pytest
 from django.core.checks import run_checks
 
+from wsgi_loop.bridge import shape
+
 ROOT = Path(__file__).parents[1]
 
 STOCK = "from django.core.wsgi import get_wsgi_application\n"
@@ -77,6 +79,12 @@ WRAPPERS = {
         "application = functools.partial(serve, get_wsgi_application())\n"
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _asgiref_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the checks tell of nothing else where the tests are run with a newer one."""
+    monkeypatch.setattr(asgiref, "__version__", shape.NEWEST)
 
 
 def told() -> list[str]:
@@ -205,10 +213,21 @@ def test_an_old_asgiref(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     assert "pip install 'asgiref>=3.12.1'" in message.hint
 
 
-@pytest.mark.parametrize("version", ["3.12.1", "3.13.0", "4.0", "3.100.0"])
-def test_a_new_asgiref(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+@pytest.mark.parametrize("version", [shape.LOWEST, "3.12.2", shape.NEWEST])
+def test_an_asgiref_that_was_tested(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(asgiref, "__version__", version)
     assert told() == []
+
+
+@pytest.mark.parametrize("version", ["3.13.1", "4.0", "3.100.0"])
+def test_a_new_asgiref(monkeypatch: pytest.MonkeyPatch, settings: Any, version: str) -> None:
+    monkeypatch.setattr(asgiref, "__version__", version)
+    (message,) = ours()
+    assert message.id == "wsgi_loop.W006"
+    assert {version, shape.NEWEST} <= set(message.msg.split())
+    assert f"pip install 'asgiref<={shape.NEWEST}'" in message.hint
+    settings.SILENCED_SYSTEM_CHECKS = ["wsgi_loop.W006"]
+    assert message.is_silenced()
 
 
 @pytest.mark.parametrize(
@@ -250,6 +269,8 @@ def check(code: str, *settings: str) -> str:
         [
             code,
             "from django.conf import settings",
+            # The tests may be run with an asgiref that is newer than any that was.
+            "settings.SILENCED_SYSTEM_CHECKS = ['wsgi_loop.W006']",
             *settings,
             "from django.core.management import execute_from_command_line as run",
             "run(['manage.py', 'check'])",

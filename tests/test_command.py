@@ -304,11 +304,11 @@ def test_the_table_shows_it() -> None:
 
 
 def test_it_leaves_nothing_behind(settings: Any) -> None:
-    policy = asyncio.get_event_loop_policy()
+    new_event_loop = asyncio.events.new_event_loop
     before = set(threading.enumerate())
     with serve(three_calls):
         report("/", repeat=1)
-    assert asyncio.get_event_loop_policy() is policy
+    assert asyncio.events.new_event_loop is new_event_loop
     # asgiref lets its threads go, and does not wait for their end.
     eventually(lambda: not [t for t in set(threading.enumerate()) - before if not re.match(r"wsgi-loop-\d", t.name)])
     assert watching.watchers == ()

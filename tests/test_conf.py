@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from typing import Any
@@ -54,7 +55,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("value", "words"), WRONG, ids=[str(value) for value, _ in WRONG])
+@pytest.mark.parametrize(
+    ("value", "words"), WRONG, ids=[re.sub(" at 0x[0-9a-f]+", "", str(value)) for value, _ in WRONG]
+)
 def test_a_wrong_setting_is_refused_at_start_up_and_by_the_system_check(
     settings: Any, value: Any, words: list[str]
 ) -> None:

@@ -189,6 +189,28 @@ def test_caches_stay_with_their_thread() -> None:
     assert seen[0] is not seen[2]
 
 
+@pytest.mark.parametrize("setting", ["CACHES", "TASKS"])
+def test_what_is_configured_anew_stays_with_its_thread_too(setting: str) -> None:
+    if setting == "CACHES":
+        handler, backend = caches, "django.core.cache.backends.locmem.LocMemCache"
+    else:
+        tasks = pytest.importorskip("django.tasks", reason="Django 5.2 has no tasks")
+        handler, backend = tasks.task_backends, "django.tasks.backends.dummy.DummyBackend"
+    seen: list[Any] = []
+
+    def view(request: Any) -> Any:
+        seen.append(handler["default"])
+        return HttpResponse()
+
+    for _ in range(2):
+        with serve(view, **{setting: {"default": {"BACKEND": backend}}}) as server:
+            server.get()
+            server.get()
+    assert seen[0] is seen[1]
+    assert seen[1] is not seen[2]
+    assert seen[2] is seen[3]
+
+
 def test_a_request_that_goes_on_elsewhere_uses_the_caches_of_the_thread_that_it_is_on() -> None:
     seen: list[Any] = []
 

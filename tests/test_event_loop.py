@@ -407,6 +407,14 @@ def test_the_default_is_this_loop_where_asyncios_own_policy_stands() -> None:
     assert default_factory() is EventLoop
 
 
+@pytest.mark.parametrize(("platform", "default"), [("linux", EventLoop), ("win32", asyncio.new_event_loop)])
+def test_the_default_where_there_are_no_policies(monkeypatch: pytest.MonkeyPatch, platform: str, default: Any) -> None:
+    for module, name in ((asyncio.events, "_get_event_loop_policy"), (asyncio, "get_event_loop_policy")):
+        monkeypatch.delattr(module, name, raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert default_factory() is default
+
+
 @pytest.mark.filterwarnings("ignore:.*policy:DeprecationWarning")
 def test_a_policy_of_somebody_elses_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     class Policy(asyncio.DefaultEventLoopPolicy):

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import instructions
 
-pytestmark = pytest.mark.instructions
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize(("workload", "bound"), [("sync_bare", 1.06), ("sync_default", 1.02)])

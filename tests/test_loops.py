@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -94,3 +97,27 @@ def test_a_coroutine_that_is_run_in_a_context_sees_and_sets_its_variables() -> N
     asyncio.run(main())
     assert seen == ["given", "cancelled", "not here"]
     assert context[variable] == "changed"
+
+
+def test_where_processes_are_not_forked() -> None:
+    """As on Windows."""
+    code = """
+import os
+del os.fork, os.register_at_fork
+import django
+django.setup()
+from tests.support import call_here, here, serve
+from django.http import HttpResponse
+
+async def view(request):
+    await here()
+    return HttpResponse("answered")
+
+for scope in ("request", "process"):
+    with serve(view, scope=scope) as server:
+        print(server.get())
+"""
+    environment = os.environ | {"DJANGO_SETTINGS_MODULE": "tests.settings"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "b'answered'\n" * 2, done.stderr

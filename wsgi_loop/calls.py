@@ -61,6 +61,10 @@ def run_in_context(context: contextvars.Context, coroutine: Any) -> Generator[An
         try:
             value = yield awaited
             step = coroutine.send
+        except GeneratorExit:
+            # Also from the collector, which may have closed the coroutine first.
+            context.run(coroutine.close)
+            raise
         except BaseException as exc:  # a cancellation, above all: it belongs to the coroutine
             value = exc
             step = coroutine.throw

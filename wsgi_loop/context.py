@@ -75,7 +75,7 @@ class _BlockScope(RequestScope):
         self.options = options
         self.subject = f"EventLoopContext on thread {threading.current_thread().name!r}"
         self.calls = None
-        self._home = threadlocal.__dict__
+        self.home = threadlocal.__dict__
         self._context = contextvars.Context()
 
 

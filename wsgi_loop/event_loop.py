@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import sys
 from collections import deque
 from collections.abc import Callable
 from functools import cached_property
@@ -115,5 +116,8 @@ _learn()
 def default_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """Return what makes loops of the kind that `asyncio.new_event_loop()` makes now."""
     # From Python 3.14 on policies are deprecated, and from 3.16 on there are none.
-    get_policy = getattr(asyncio.events, "_get_event_loop_policy", None) or asyncio.get_event_loop_policy
+    get_policy = getattr(asyncio.events, "_get_event_loop_policy", None)
+    get_policy = get_policy or getattr(asyncio, "get_event_loop_policy", None)
+    if get_policy is None:
+        return EventLoop if sys.platform != "win32" else asyncio.new_event_loop
     return EventLoop if type(get_policy()).__module__ == "asyncio.unix_events" else asyncio.new_event_loop

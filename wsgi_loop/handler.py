@@ -16,15 +16,17 @@ from django.conf import settings
 from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers import wsgi
+from django.core.signals import setting_changed
+from django.dispatch import receiver
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 
 from . import forks
-from .bridge.storage import keep_on_thread, scope_here
+from .bridge.storage import keep_on_thread, scope_here, threadlocal
 from .conf import get_options
 from .responses import ScopedIterable, serve_in
-from .scope import RequestScope
+from .scope import RequestScope, ThreadState
 from .threads import check_threads
 
 try:
@@ -34,8 +36,9 @@ except ImportError:  # Django 5.2
 else:
     _HANDLERS = (caches, task_backends)
 
-#: Set in a server thread's own context. Changing CACHES, as tests do, replaces the connections.
-_kept_connections: ContextVar[Any] = ContextVar("wsgi_loop.kept_connections")
+#: Set in a server thread's own context to what asgiref keeps on that thread, and on no other: from Python 3.14 on, a
+#: thread may inherit the context of its starter.
+_prepared: ContextVar[ThreadState | None] = ContextVar("wsgi_loop.prepared", default=None)
 
 
 def get_wsgi_application(**options: Any) -> WSGIHandler:
@@ -66,9 +69,11 @@ class WSGIHandler(wsgi.WSGIHandler):
     def __call__(  # type: ignore[override]
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
-            _prepare_thread()
+        thread = threadlocal.__dict__
+        if _prepared.get() is not thread:
+            prepare(thread)
         scope = HTTPScope()
+        scope.home = thread
         scope.options = self._options
         scope.subject = environ
         scope.calls = None
@@ -119,15 +124,18 @@ def _is_made_by(file_wrapper: Any, iterable: object) -> bool:
     return isinstance(iterable, file_wrapper) if isinstance(file_wrapper, type) else True
 
 
-def _prepare_thread() -> None:
+def prepare(thread: ThreadState) -> None:
     """Put into this thread's own context, of which each request gets a copy, what all of its requests share.
 
-    Cache connections and task backends, as with Django's handler. The rest spares them work only.
+    Cache connections and task backends, as with Django's handler. The rest spares them work only. Does nothing where
+    that is done. thread: what asgiref keeps on this thread.
     """
+    if _prepared.get() is thread:
+        return
     # Here, as each thread comes by once in its process: for uWSGI, which does not tell Python of its forks.
     forks.check()
     keep_on_thread(handler._connections for handler in _HANDLERS)
-    _kept_connections.set(caches._connections)  # type: ignore[attr-defined]
+    _prepared.set(thread)
     if sys.version_info >= (3, 12):
         # Django looks for each cache at the end of each request, and from Python 3.12 on not to find it costs 8,000
         # instructions more than to find it. They connect only when they are used.
@@ -139,3 +147,11 @@ def _prepare_thread() -> None:
     urlconf = get_urlconf()
     set_urlconf(settings.ROOT_URLCONF)
     set_urlconf(urlconf)
+
+
+@receiver(setting_changed)
+def _forget_what_was_prepared(*, setting: str, **kwargs: Any) -> None:
+    """Django has replaced the connections of CACHES or TASKS, as it does in tests."""
+    global _prepared
+    if setting in ("CACHES", "TASKS"):
+        _prepared = ContextVar("wsgi_loop.prepared", default=None)

@@ -47,13 +47,17 @@ _STAND_INS = (
     "_asyncgen_firstiter_hook",
     "_asyncgen_finalizer_hook",
 )
+_ANOTHER = asyncio.AbstractEventLoop()  # type: ignore[abstract]
 
 
 def all_tasks(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
     """Return the unfinished tasks of a loop."""
-    # From Python 3.14 on, where the loop is running these are only the tasks that were made on this thread.
     running = _get_running_loop()
-    _set_running_loop(None)
+    if running is not loop:
+        return asyncio.all_tasks(loop)
+    # From Python 3.14 on, where the loop is running these are only the tasks that were made on this thread. Not None in
+    # its place: a finalizer that comes in between is not to run another loop here, in the middle of a task.
+    _set_running_loop(_ANOTHER)
     try:
         return asyncio.all_tasks(loop)
     finally:

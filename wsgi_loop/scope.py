@@ -64,16 +64,16 @@ class RequestScope:
     create_task = None
     is_scope = True
 
-    # Whoever makes a scope sets these three; `start` sets the rest. None has a default in the class: Python 3.11 takes
+    # Whoever makes a scope sets these four; `start` sets the rest. None has a default in the class: Python 3.11 takes
     # 1,000 instructions a request more to find, behind one, what an instance has.
     options: Options
     subject: Any
     calls: RequestCalls | None
+    #: The thread on which what the context's `Local`s hold can be seen: at first this one. Threads are told apart by
+    #: what asgiref keeps on them, which costs less to get than an identifier.
+    home: ThreadState
 
     _context: contextvars.Context | None
-    #: The thread on which what the context's `Local`s hold can be seen. Threads are told apart by what asgiref keeps on
-    #: them, which costs less to get than an identifier.
-    _home: ThreadState
 
     @property
     def owner(self) -> str:
@@ -90,7 +90,7 @@ class RequestScope:
     def start(self, function: Callable[..., R], a: Any, b: Any, c: Any, /) -> R:
         """Begin the request, in a copy of the current context, and call `function` in it with three arguments."""
         self._context = context = contextvars.copy_context()
-        self._home = thread = threadlocal.__dict__
+        thread = self.home
         if thread:
             return self.run(function, a, b, c)
         thread[LOOP] = self
@@ -119,10 +119,10 @@ class RequestScope:
             # Nothing of what is found shows in between: `task_context`, above all, would tie loop calls to whatever
             # `sync_to_async` call has last run on this thread.
             thread.clear()
-            if thread is not self._home:
+            if thread is not self.home:
                 moved = enter_here(context, self.per_thread())
                 if moved is context:
-                    self._home = thread
+                    self.home = thread
                 context = moved
             thread[LOOP] = self
             thread[LOOP_PID] = forks.pid
@@ -145,7 +145,7 @@ class RequestScope:
         """Call `function` inside the request, with one argument, and `close` it."""
         thread = threadlocal.__dict__
         context = self._context
-        if thread or thread is not self._home or self.calls is not None or context is None:
+        if thread or thread is not self.home or self.calls is not None or context is None:
             try:
                 self.run(function, argument)
             finally:
@@ -219,11 +219,16 @@ class RequestScope:
                 # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
                 threadlocal.__dict__[SCOPE] = self
                 owner = self.owner
-                self.calls = RequestCalls(
+                made = RequestCalls(
                     owner,
                     options,
                     process_loop or RequestLoop(options.loop_factory, options.shutdown_timeout, owner, door),
                 )
+                if self.calls is None:
+                    self.calls = made
+                else:
+                    # A finalizer has made a loop call meanwhile.
+                    made.close()
                 if self._context is None:
                     # Closed by another thread, which looked for a loop before there was one.
                     calls, self.calls = self.calls, None

@@ -97,6 +97,9 @@ EXCLUDED = [
 ON_THE_LOOP = {"call": 64, "task": 42}
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """asgiref's test files, and no asgiref, lest that one is imported."""

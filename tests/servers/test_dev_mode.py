@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import django
+import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 
@@ -199,6 +200,7 @@ def child_mixed_requests() -> Any:
     return {"wrong": wrong, "made": loops.made, "logged": records.counted}
 
 
+@pytest.mark.long
 def test_thousands_of_mixed_requests_leave_nothing_behind(tmp_path: Path) -> None:
     result = in_child(child_mixed_requests, tmp_path)
     assert result["wrong"] == []
@@ -257,6 +259,7 @@ def child_orm_on_all_threads() -> Any:
     return {"moved": moved, "raised": raised}
 
 
+@pytest.mark.long
 def test_sqlites_check_of_the_thread_never_trips(tmp_path: Path) -> None:
     assert in_child(child_orm_on_all_threads, tmp_path) == {"moved": [], "raised": []}
 

@@ -55,7 +55,8 @@ HARMLESS = re.compile(
 )
 #: cheroot's, with any application: it collects what it could not send to a client that had gone away.
 HARMLESS_TRACEBACK = re.compile(
-    r"^Exception ignored in: <function IOBase\.__del__ .*\nTraceback .*\n(?:  .*\n)+OSError: \[Errno 9\] .*\n",
+    r"^Exception ignored (?:in:|while calling deallocator) <function IOBase\.__del__ .*\n"
+    r"Traceback .*\n(?:  .*\n)+OSError: \[Errno 9\] .*\n",
     re.MULTILINE,
 )
 #: How Django and the servers tell of what the site raises.

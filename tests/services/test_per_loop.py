@@ -88,6 +88,7 @@ def http_server() -> Iterator[HTTPServer]:
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scope", ["request", "process"])
 def test_a_thousand_requests_with_clients_of_their_loop(
     redis_server: redis.Redis, http_server: HTTPServer, scope: str, caplog: pytest.LogCaptureFixture

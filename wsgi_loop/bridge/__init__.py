@@ -9,5 +9,9 @@ leads to the same place.
 Thread-sensitive calls arrive at the loop's `run_in_executor`, with the `Executor` that their context holds.
 
 Nothing of asgiref is patched, but while somebody watches (`watching`). What is read or set here was read in asgiref
-3.12.1 and 3.13.0.
+3.12.1 and 3.13.0, and `shape` refuses one in which it is not as it was there.
 """
+
+from . import shape
+
+shape.check()

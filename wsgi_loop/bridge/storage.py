@@ -7,10 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, NamedTuple, Self
 
-try:
-    from asgiref.local import _Storage
-except ImportError as exc:
-    raise ImportError("wsgi-loop needs asgiref 3.12.1 or later: pip install 'asgiref>=3.12.1'") from exc
+from asgiref.local import _Storage
 from asgiref.sync import AsyncToSync, SyncToAsync
 
 from .. import forks

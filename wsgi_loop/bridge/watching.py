@@ -81,7 +81,8 @@ class _WatchedContext:
 
     def __setitem__(self, index: int, value: Any) -> None:
         if (executor := enclosing_executor()) is not None:
-            _by_executor[executor] = self._call
+            with _watching:
+                _by_executor[executor] = self._call
         self._context[index] = value
 
 
@@ -185,10 +186,10 @@ def _watch(called: AsyncToSync[Any, Any], awaitable: Any, frame: FrameType | Non
     calls = _here.__dict__.get("calls", [])
     parent = next((call for call in reversed(calls) if call is not None), None)
     current = executor = AsyncToSync.executors.current
-    while parent is None and (executor := executor._old_executor) is not None:
-        found = _by_executor.get(executor)
-        parent = found if found is not None and found.end is None else None
     with _watching:
+        while parent is None and (executor := executor._old_executor) is not None:
+            found = _by_executor.get(executor)
+            parent = found if found is not None and found.end is None else None
         watched = WatchedCall(target, parent, frame)
         _by_executor[current] = watched
         for watcher in watchers:

@@ -26,11 +26,11 @@ from django.core.wsgi import get_wsgi_application as get_stock_application
 from django.utils.module_loading import import_string
 from django.utils.version import get_version_tuple
 
+from ..bridge import shape
 from ..conf import get_options
 from ..handler import WSGIHandler, get_wsgi_application
 from ..threads import check_threads
 
-LOWEST_ASGIREF = (3, 12, 1)
 OURS = "wsgi_loop.wsgi.application"
 #: Where gunicorn looks for its configuration if it is not told of another file.
 GUNICORN_CONFIGURATION = Path("gunicorn.conf.py")
@@ -57,15 +57,24 @@ def check_setting(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
 
 @register("wsgi_loop")
 def check_asgiref(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
-    """wsgi_loop.E002: asgiref is too old."""
-    if get_version_tuple(asgiref.__version__) >= LOWEST_ASGIREF:
+    """wsgi_loop.E002: asgiref is too old. wsgi_loop.W006: it is newer than what wsgi-loop was tested with."""
+    found = get_version_tuple(asgiref.__version__)
+    if found < get_version_tuple(shape.LOWEST):
+        return [
+            Error(
+                f"asgiref {asgiref.__version__} is installed, and wsgi-loop needs {shape.LOWEST} or later.",
+                hint=f"Install it with: pip install 'asgiref>={shape.LOWEST}'",
+                id="wsgi_loop.E002",
+            )
+        ]
+    if found <= get_version_tuple(shape.NEWEST):
         return []
-    lowest = ".".join(map(str, LOWEST_ASGIREF))
     return [
-        Error(
-            f"asgiref {asgiref.__version__} is installed, and wsgi-loop needs {lowest} or later.",
-            hint=f"Install it with: pip install 'asgiref>={lowest}'",
-            id="wsgi_loop.E002",
+        Warning(
+            f"asgiref {asgiref.__version__} is installed, and {shape.NEWEST} is the last one that wsgi-loop was tested "
+            "with. What wsgi-loop uses of it is there, but may do something else.",
+            hint=f"Upgrade wsgi-loop, or install: pip install 'asgiref<={shape.NEWEST}'",
+            id="wsgi_loop.W006",
         )
     ]
 

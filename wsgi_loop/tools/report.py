@@ -27,6 +27,7 @@ from ..bridge.storage import scope_here
 from ..bridge.watching import WatchedCall, watch_calls
 from ..calls import name_of
 from ..handler import WSGIHandler
+from ..loops import all_tasks
 from ..resources import is_kept
 from ..responses import call_after_close
 from ..threads import SyncThread
@@ -43,7 +44,7 @@ def own_calls(watched: list[WatchedCall], environ: dict[str, Any]) -> list[Watch
 
 def left_over_tasks(loop: asyncio.AbstractEventLoop, known: Sequence[asyncio.Task[Any] | None] = ()) -> list[str]:
     """Name the tasks that are not done on a loop, but what `PerLoop` and the lifespan hold open there."""
-    tasks = asyncio.all_tasks(loop) - set(known)
+    tasks = all_tasks(loop) - set(known)
     return sorted(f"{task.get_name()} ({name_of(task.get_coro())})" for task in tasks if not is_kept(task))
 
 

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any, TypeVar
 
 from django.contrib.staticfiles import testing as staticfiles_testing
-from django.core.cache import caches
 from django.core.handlers.wsgi import WSGIRequest
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
@@ -20,9 +19,10 @@ from django.dispatch import Signal
 from django.http import HttpRequest
 from django.test import client, testcases
 
+from ..bridge.storage import threadlocal
 from ..calls import END
 from ..conf import Options, get_options
-from ..handler import HTTPScope, WSGIHandler, _kept_connections, _prepare_thread
+from ..handler import HTTPScope, WSGIHandler, prepare
 from ..responses import ScopedIterator, serve_in
 from ..scope import RequestCalls
 from .recording import LoopCallRecord, LoopCalls, record_loop_calls
@@ -104,9 +104,10 @@ class ClientHandlerMixin:
             self.load_middleware()
         if self._options is None:
             self._options = get_options()
-        if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
-            _prepare_thread()
+        thread = threadlocal.__dict__
+        prepare(thread)
         scope = _ClientScope()
+        scope.home = thread
         scope.options = self._options
         scope.subject = environ
         scope.calls = None
