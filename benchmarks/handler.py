@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from typing import Any
 
+from wsgi_loop.event_loop import EventLoop
+
 from . import entries
 from .contenders import Contender
 from .workloads import Workload, environment, processes
@@ -245,7 +247,8 @@ class _Server:
             return count_and_init
 
         start, threading.Thread.start = threading.Thread.start, counted_thread  # type: ignore[assignment, method-assign]
-        classes: list[Any] = [asyncio.BaseEventLoop]
+        # The second does not call the first.
+        classes: list[Any] = [asyncio.BaseEventLoop, EventLoop]
         if "uvloop" in sys.modules:
             classes.append(sys.modules["uvloop"].Loop)
         for cls in classes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from wsgi_loop import event_loop
 
 from . import support, test_closing, test_nested_calls, test_one_loop, test_threads
 from .support import serve
+from .test_promotion import ClosedLoop
 
 
 class ProactorLikeLoop(asyncio.SelectorEventLoop):
@@ -37,20 +37,8 @@ class ProactorLikeLoop(asyncio.SelectorEventLoop):
             self._reading.add_done_callback(self._read)
 
 
-HIDDEN = {"_ready", "_scheduled", "_selector", "_ssock", "_csock", "_stopping", "_timer_cancelled_count", "_thread_id"}
-
-
-class OpaqueLoop(asyncio.SelectorEventLoop):
-    """A loop that shows us nothing of what asyncio's have."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in HIDDEN and sys._getframe(1).f_globals["__name__"].startswith("wsgi_loop"):
-            raise AttributeError(name)
-        return super().__getattribute__(name)
-
-
 SELECTORS = {name: getattr(selectors, name) for name in ("SelectSelector", "PollSelector")}
-LOOPS = {"proactor": ProactorLikeLoop, "opaque": OpaqueLoop}
+LOOPS = {"proactor": ProactorLikeLoop, "closed": ClosedLoop}
 
 
 #: Those of a loop that is not promoted. What a loop as on Windows leaves when it stops promotes a request that waits.

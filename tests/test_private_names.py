@@ -14,7 +14,6 @@ from asgiref.current_thread_executor import CurrentThreadExecutor
 import wsgi_loop
 from wsgi_loop.bridge import shape
 from wsgi_loop.bridge.executor import Executor
-from wsgi_loop.event_loop import EventLoop
 
 PACKAGE = Path(wsgi_loop.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
@@ -49,8 +48,7 @@ def overridden() -> set[str]:
     """Private names of other people's classes that a subclass here has too."""
     loop = asyncio.SelectorEventLoop()
     loop.close()
-    found = set(vars(EventLoop)) | set(EventLoop.__annotations__)
-    theirs = {name for name in dir(loop) if name in found}
+    theirs = set(dir(loop)) & set().union(*used_and_own(SOURCES["event_loop.py"]))
     theirs |= set(vars(Executor)) & set(dir(CurrentThreadExecutor(None)))
     return {name for name in theirs if PRIVATE.fullmatch(name)}
 
