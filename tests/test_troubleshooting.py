@@ -21,6 +21,7 @@ from django.contrib.auth.models import User
 from django.core.signals import got_request_exception
 from django.db import connection, transaction
 from django.http import HttpResponse, StreamingHttpResponse
+from django.test import override_settings
 
 from wsgi_loop import PerLoop, create_background_task, get_wsgi_application, process
 
@@ -247,7 +248,7 @@ REPRODUCED: dict[str, Callable[[], str]] = {
 
 
 def with_setting(value: dict[str, Any]) -> Any:
-    with serve(lambda request: HttpResponse(), WSGI_LOOP=value):
+    with override_settings(WSGI_LOOP=value):
         return get_wsgi_application()
 
 
