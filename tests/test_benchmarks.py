@@ -17,6 +17,8 @@ from benchmarks import contenders, handler, instructions, workloads
 from benchmarks.contenders import CONTENDERS
 from benchmarks.workloads import WORKLOADS
 
+from .support import eventually
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -83,9 +85,13 @@ def test_every_contender_answers_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["request", "process"])
 def test_what_is_gathered_with_a_sync_call_goes_on_beside_it(name: str) -> None:
-    figures = measure(dataclasses.replace(WORKLOADS["gather"], counted=2), name)[name]
-    # One after the other they would take 0.2 s.
-    assert 100_000 <= figures["median_us"] < 180_000
+    def median() -> float:
+        took: float = measure(dataclasses.replace(WORKLOADS["gather"], counted=2), name)[name]["median_us"]
+        assert took >= 100_000
+        return took
+
+    # One after the other they would always take 0.2 s. (A busy machine may take that now and then.)
+    eventually(lambda: median() < 180_000)
 
 
 def test_functions_are_counted_that_a_request_enters() -> None:
