@@ -24,7 +24,7 @@ import pytest
 from asgiref.sync import AsyncToSync, async_to_sync, sync_to_async
 from django.http import HttpResponse, StreamingHttpResponse
 
-from wsgi_loop import EventLoopContext, PerLoop, create_background_task, process
+from wsgi_loop import EventLoopContext, PerLoop, WSGIHandler, create_background_task, process
 from wsgi_loop.threads import STARTS_NONE_AT_EXIT
 
 from .support import Place, call_here, eventually, here, in_thread, loop_threads, serve
@@ -311,6 +311,126 @@ def test_the_lifespan_is_open_before_the_first_call_and_left_at_the_end() -> Non
     process.shut_down()
     assert lifespan.left == 1
     assert lifespan.tasks[0] is lifespan.tasks[1]
+
+
+@contextlib.asynccontextmanager
+async def noted(seen: list[str]) -> AsyncIterator[None]:
+    seen.append("entered")
+    yield
+    seen.append("left")
+
+
+def test_start_opens_what_the_last_application_has_in_its_options() -> None:
+    seen: list[str] = []
+    WSGIHandler(scope="process", lifespan=lambda: noted(seen))
+    process.start()
+    process.start()
+    assert seen == ["entered"]
+    process.shut_down()
+    assert seen == ["entered", "left"]
+    # And another one, as every use after the end starts one.
+    process.start()
+    assert seen == ["entered", "left", "entered"]
+
+
+def test_start_reads_the_setting_where_there_is_no_application(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "application_options", None)
+    seen: list[str] = []
+    settings.WSGI_LOOP = {"SCOPE": "process", "LIFESPAN": lambda: noted(seen)}
+    process.start()
+    assert seen == ["entered"]
+
+
+def test_start_does_nothing_in_scope_request() -> None:
+    WSGIHandler(scope="request")
+    process.start()
+    assert process._loop is None
+
+
+def test_start_raises_what_the_lifespan_raises() -> None:
+    failures: list[BaseException] = [OSError("no database"), TimeoutError("of the database")]
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        if failures:
+            raise failures.pop(0)
+        yield
+
+    WSGIHandler(scope="process", lifespan=lifespan)
+    with pytest.raises(OSError, match="no database"):
+        process.start()
+    with pytest.raises(TimeoutError, match="of the database"):
+        process.start()
+    process.start()
+
+
+@pytest.mark.parametrize("ends", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_ends_a_lifespan_reaches_its_caller_as_an_exception(ends: type[BaseException]) -> None:
+    class Lifespan:
+        async def __aenter__(self) -> None:
+            raise ends("from inside")
+
+        async def __aexit__(self, *exc_info: Any) -> None:
+            pass
+
+    with serve(here_view, scope="process", lifespan=Lifespan) as server:
+        server.get()
+        assert server.status == "500 Internal Server Error"
+    WSGIHandler(scope="process", lifespan=Lifespan)
+    with pytest.raises(RuntimeError, match=rf"^LIFESPAN .* was ended by {ends.__name__}"):
+        process.start()
+
+
+async def here_view(request: Any) -> HttpResponse:
+    return HttpResponse()
+
+
+def test_a_lifespan_that_returns_no_context_manager_is_found_by_start() -> None:
+    WSGIHandler(scope="process", lifespan=lambda: 3)
+    with pytest.raises(TypeError, match="The factory of LIFESPAN returned 3"):
+        process.start()
+
+
+def test_a_lifespan_that_hangs_is_bounded_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    hangs = [True]
+    ended: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def connecting() -> AsyncIterator[None]:
+        if hangs.pop(0):
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ended.append("cancelled")
+        yield
+
+    with serve(here_view, scope="process", lifespan=connecting, startup_timeout=0.3) as server:
+        server.get()
+        assert server.status == "500 Internal Server Error"
+        assert "connecting) was not entered within 0.3 s (STARTUP_TIMEOUT)" in caplog.text
+        eventually(lambda: ended == ["cancelled"])
+        hangs.append(False)
+        server.get()
+        assert server.status == "200 OK"
+
+
+def test_a_lifespan_that_blocks_its_thread_is_bounded_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    let_go = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def blocking() -> AsyncIterator[None]:
+        let_go.wait(60)  # the line that is named
+        yield
+
+    try:
+        with serve(here_view, scope="process", lifespan=blocking, startup_timeout=0.3) as server:
+            server.get()
+            assert server.status == "500 Internal Server Error"
+        assert "blocking) was not entered within 0.3 s" in caplog.text
+        assert "# the line that is named" in caplog.text
+    finally:
+        let_go.set()
+    eventually(lambda: not loop_threads())
 
 
 def test_a_lifespan_that_raises_fails_the_call_and_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:

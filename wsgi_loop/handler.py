@@ -20,7 +20,7 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 
-from . import forks
+from . import forks, process
 from .bridge.storage import keep_on_thread, scope_here
 from .conf import get_options
 from .responses import ScopedIterable, serve_in
@@ -58,7 +58,7 @@ class WSGIHandler(wsgi.WSGIHandler):
             check_threads()
         except RuntimeError as exc:
             raise ImproperlyConfigured(str(exc)) from None
-        self._options = get_options(**options)
+        self._options = process.application_options = get_options(**options)
         super().__init__()
 
     # Django's methods are called by name: super() would cost a request 2,000 instructions more on Python 3.11.

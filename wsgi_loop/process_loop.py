@@ -17,19 +17,23 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
 from .bridge.executor import Executor
-from .calls import NoLoop, RequestTask
+from .calls import NoLoop, RequestTask, name_of
 from .loops import Door, LoopFactory, RunningLoop
 from .resources import AsyncContextFactory, keepers_of
+from .threads import stack_of
 
 logger = logging.getLogger("wsgi_loop")
+
+#: Seconds for what is to happen at once, on a busy machine.
+_MOMENT = 1.0
 
 
 class ProcessLoop(RunningLoop):
     """The loop of a whole process, on which many requests are at a time.
 
-    lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks:
-    how many may be in flight. release: called when no task is left, and its future awaited; or when the loop is given
-    up, and no more.
+    lifespan: makes the async context manager that is open for as long as the loop takes calls. startup_timeout: seconds
+    that it has to be entered. max_background_tasks: how many may be in flight. release: called when no task is left,
+    and its future awaited; or when the loop is given up, and no more.
     """
 
     remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
@@ -40,12 +44,14 @@ class ProcessLoop(RunningLoop):
         timeout: float,
         door: Door,
         lifespan: AsyncContextFactory | None,
+        startup_timeout: float,
         max_background_tasks: int,
         release: Callable[[], Future[Any] | None],
     ) -> None:
         #: Done when calls may come; fails with what the lifespan raised.
         self.ready: Future[None] = Future()
         self._lifespan = lifespan
+        self._startup_timeout = startup_timeout
         self._release_resources = release
         self._max_background_tasks = max_background_tasks
         #: What to call the background tasks in logs: by their futures, and by themselves.
@@ -59,6 +65,38 @@ class ProcessLoop(RunningLoop):
         """Start the loop's thread. Raises RuntimeError if it can not be started."""
         self.post(self._open_soon, context=contextvars.Context())
         super().start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether another one has to take its place: it could not be started, or has ended."""
+        return self._is_closed or (self.ready.done() and self.ready.exception() is not None)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the lifespan. Raises what that raises, or RuntimeError when it takes too long."""
+        try:
+            self.ready.result(self._startup_timeout + _MOMENT)
+        except TimeoutError:
+            if self.ready.done():
+                raise  # the lifespan's own
+            # Its thread does not come to it.
+            stack = stack_of(self.thread_id)
+            self._fail(RuntimeError(f"{self._too_slow()} It blocks the loop's thread:\n{stack}"))
+            self.close_soon()
+            self.ready.result()
+
+    def _too_slow(self) -> str:
+        return (
+            f"LIFESPAN ({name_of(self._lifespan)}) was not entered within {self._startup_timeout} s (STARTUP_TIMEOUT)."
+        )
+
+    def _fail(self, exc: Exception) -> None:
+        with self._lock:
+            self._accepting = False
+        if self.ready.done():
+            return  # it was given up
+        logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
+        with contextlib.suppress(InvalidStateError):
+            self.ready.set_exception(exc)
 
     def start_background_task(
         self,
@@ -170,13 +208,17 @@ class ProcessLoop(RunningLoop):
     async def _open(self) -> None:
         try:
             if self._lifespan is not None:
-                await keepers_of(self.loop).get("LIFESPAN", self._lifespan)
+                async with asyncio.timeout(self._startup_timeout) as bound:
+                    await keepers_of(self.loop).get("LIFESPAN", self._lifespan)
         except BaseException as exc:
-            logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
-            with self._lock:
-                self._accepting = False
-            with contextlib.suppress(InvalidStateError):  # it was given up
-                self.ready.set_exception(exc)
+            failure: Any = exc
+            if bound.expired():
+                failure = RuntimeError(f"{self._too_slow()} Bound what it waits for, or raise STARTUP_TIMEOUT.")
+            elif not isinstance(exc, Exception):
+                # A server would take it for its own end.
+                failure = RuntimeError(f"LIFESPAN ({name_of(self._lifespan)}) was ended by {exc!r}")
+                failure.__cause__ = exc
+            self._fail(failure)
             self._begin_shut_down()
         else:
             with contextlib.suppress(InvalidStateError):

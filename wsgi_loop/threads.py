@@ -8,6 +8,7 @@ import itertools
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
@@ -57,6 +58,12 @@ def has_started(thread: threading.Thread) -> bool:
     while thread.ident is None and time.monotonic() < deadline:
         time.sleep(0.001)
     return thread.ident is not None
+
+
+def stack_of(thread_id: int | None) -> str:
+    """Return where a thread is now, as a traceback has it."""
+    frame = sys._current_frames().get(thread_id or 0)
+    return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
 class SyncThread(Executor):
