@@ -44,6 +44,7 @@ _STAND_INS = (
     "call_soon_threadsafe",
     "create_task",
     "run_in_executor",
+    "set_default_executor",
     "_asyncgen_firstiter_hook",
     "_asyncgen_finalizer_hook",
 )

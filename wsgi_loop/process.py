@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from django.db import connections
+from django.db import close_old_connections, connections
 
 from . import forks
 from .bridge.executor import loop_executors
@@ -20,7 +20,7 @@ from .conf import Options, get_options
 from .loops import Door
 from .process_loop import ProcessLoop
 from .resources import kept
-from .threads import SyncThread
+from .threads import SyncThread, SyncThreads
 
 _lock = threading.RLock()
 _loop: ProcessLoop | None = None
@@ -98,6 +98,7 @@ def _start(options: Options, door: Door) -> ProcessLoop:
         options.lifespan,
         options.startup_timeout,
         options.max_background_tasks,
+        SyncThreads("wsgi-sync", close_old_connections, connections.close_all),
         release,
     )
     loop_executors[running.loop] = executor

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import socket
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -20,7 +21,7 @@ from .bridge.executor import Executor
 from .calls import NoLoop, RequestTask, name_of
 from .loops import Door, LoopFactory, RunningLoop
 from .resources import AsyncContextFactory, keepers_of
-from .threads import stack_of
+from .threads import SyncThreads, stack_of
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -36,6 +37,7 @@ class ProcessLoop(RunningLoop):
     and its future awaited; or when the loop is given up, and no more.
     """
 
+    _has_users_executor = False
     remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
 
     def __init__(
@@ -46,6 +48,7 @@ class ProcessLoop(RunningLoop):
         lifespan: AsyncContextFactory | None,
         startup_timeout: float,
         max_background_tasks: int,
+        threads: SyncThreads,
         release: Callable[[], Future[Any] | None],
     ) -> None:
         #: Done when calls may come; fails with what the lifespan raised.
@@ -53,11 +56,16 @@ class ProcessLoop(RunningLoop):
         self._lifespan = lifespan
         self._startup_timeout = startup_timeout
         self._release_resources = release
+        #: For sync code that may run on any thread. And for looking up host names, which is not to wait for that.
+        self.threads = threads
+        self._lookups = SyncThreads("wsgi-lookup")
         self._max_background_tasks = max_background_tasks
         #: What to call the background tasks in logs: by their futures, and by themselves.
         self._background: dict[Future[Any], str] = {}
         self._descriptions: dict[asyncio.Task[Any], str] = {}
         super().__init__(factory, timeout, "The process loop", door)
+        self._set_default_executor: Callable[[Any], None] = self.loop.set_default_executor
+        self.loop.__dict__["set_default_executor"] = self._let_default_executor
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
@@ -154,6 +162,8 @@ class ProcessLoop(RunningLoop):
             self._settle_future(future, CancelledError(f"{self.owner} was given up"))
         with contextlib.suppress(InvalidStateError):
             self.ready.set_exception(RuntimeError(f"{self.owner} was given up before it was ready"))
+        self.threads.shutdown()
+        self._lookups.shutdown()
         self._release_resources()
 
     def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
@@ -199,6 +209,19 @@ class ProcessLoop(RunningLoop):
         finally:
             # Also when a signal interrupts the waiting: what is lost then is named.
             self.give_up()
+
+    def _let_default_executor(self, executor: Any) -> None:
+        """Stands in for the loop's own method: from now on, what the user has set runs sync code."""
+        self._has_users_executor = True
+        self._set_default_executor(executor)
+
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
+        if executor is None:
+            if function in (socket.getaddrinfo, socket.getnameinfo, getattr(self.loop, "_getaddrinfo_debug", None)):
+                executor = self._lookups
+            elif not self._has_users_executor:
+                executor = self.threads
+        return super()._run_in_executor(executor, function, *args)
 
     # --- on the loop thread --------------------------------------------------------------------------------------
 
@@ -272,6 +295,8 @@ class ProcessLoop(RunningLoop):
             await self._settle_tasks()
 
     async def _release(self, deadline: float) -> None:
-        released = self._release_resources()
-        if released is not None:
-            await asyncio.wait_for(asyncio.wrap_future(released), max(deadline - self.loop.time(), 0.001))
+        self.threads.shutdown()
+        self._lookups.shutdown()
+        for ended in (self.threads.ended, self._lookups.ended, self._release_resources()):
+            if ended is not None:
+                await asyncio.wait_for(asyncio.wrap_future(ended), max(deadline - self.loop.time(), 0.001))

@@ -17,6 +17,7 @@ import threading
 import warnings
 from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import nullcontext
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -520,7 +521,8 @@ def _wait_on_other_thread(
         hand_on[0] = contextvars.copy_context()
         call = LoopCall(coroutine, named, executor, hand_on[0])
         running.hand_over(call)
-        executor.serve_until(call)
+        with running.threads.waiting() if isinstance(running, ProcessLoop) else nullcontext():
+            executor.serve_until(call)
         return call
     finally:
         CURRENT.reset(token)
