@@ -1138,3 +1138,32 @@ def test_a_loop_that_breaks_fails_its_callers_and_the_next_request_starts_anothe
     assert "The process loop: its event loop broke" in caplog.text
     assert loops[0] is loops[1] is not loops[2]
     assert loops[2] is loops[3] is process._loop.loop  # type: ignore[union-attr]
+
+
+def test_a_view_that_cancels_all_tasks_closes_no_resource_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    entered: list[int] = []
+
+    @contextlib.asynccontextmanager
+    async def resource() -> AsyncIterator[int]:
+        entered.append(len(entered))
+        yield entered[-1]
+
+    client = PerLoop(resource)
+
+    async def cancelling(request: Any) -> HttpResponse:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        return HttpResponse()
+
+    async def view(request: Any) -> HttpResponse:
+        return HttpResponse(str(await client()))
+
+    with serve({"cancel": cancelling, "": view}, scope="process") as server:
+        assert server.get() == b"0"
+        server.get("/cancel")
+        assert server.get() == b"1"
+        assert server.get() == b"1"
+    assert "was closed, because its task was cancelled" in caplog.text
+    caplog.clear()
+    process.shut_down()
+    assert not caplog.records

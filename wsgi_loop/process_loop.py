@@ -64,6 +64,7 @@ class ProcessLoop(RunningLoop):
         self._background: dict[Future[Any], str] = {}
         self._descriptions: dict[asyncio.Task[Any], str] = {}
         super().__init__(factory, timeout, "The process loop", door)
+        keepers_of(self.loop).end_with_tasks = False
         self._set_default_executor: Callable[[Any], None] = self.loop.set_default_executor
         self.loop.__dict__["set_default_executor"] = self._let_default_executor
 
