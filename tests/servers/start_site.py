@@ -52,4 +52,9 @@ async def view(request: HttpRequest) -> HttpResponse:
     return HttpResponse(str(os.getpid()))
 
 
-urlpatterns = [path("", view)]
+async def upload(request: HttpRequest) -> HttpResponse:
+    note("reads")
+    return HttpResponse(str(len(request.body)))
+
+
+urlpatterns = [path("", view), path("upload/", upload)]

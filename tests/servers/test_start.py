@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -215,3 +216,19 @@ def test_uwsgi(tmp_path: Path, lazy: bool, fails: bool) -> None:
         raise
     finally:
         server.end()
+
+
+def test_a_slow_upload_holds_up_nobody_else(tmp_path: Path) -> None:
+    with (
+        served(tmp_path, "gthread", *READY_MADE, "--threads", "4") as site,
+        socket.create_connection(("127.0.0.1", site.port), timeout=60) as upload,
+    ):
+        head = "POST /upload/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\nConnection: close\r\n\r\n"
+        upload.sendall(head.encode() + b"x" * 50000)
+        # The view has not been called: the rest of the body comes after these answers.
+        for _ in range(10):
+            site.get()
+        assert not site.those_that("reads")
+        upload.sendall(b"x" * 50000)
+        with upload.makefile("rb") as answer:
+            assert b"\r\n100000\r\n" in answer.read()
