@@ -69,6 +69,8 @@ WRONG = [
     ({"LIFESPAN": coroutine_function}, ["LIFESPAN", "coroutine_function", "scope 'request'"]),
     ({"MAX_BACKGROUND_TASKS": 0}, ["MAX_BACKGROUND_TASKS", "0", "1 or more"]),
     ({"MAX_BACKGROUND_TASKS": True}, ["MAX_BACKGROUND_TASKS", "True", "1 or more"]),
+    ({"BLOCKED_AFTER": 0}, ["BLOCKED_AFTER", "0", "None"]),
+    ({"BLOCKED_AFTER": "1"}, ["BLOCKED_AFTER", "'1'", "seconds"]),
     ([("SCOPE", "request")], ["WSGI_LOOP", "dict"]),
     ("request", ["WSGI_LOOP", "'request'", "dict"]),
 ]

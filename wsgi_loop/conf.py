@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "LIFESPAN": None,
     "STARTUP_TIMEOUT": 20.0,
     "MAX_BACKGROUND_TASKS": 100,
+    "BLOCKED_AFTER": 1.0,
 }
 ACCEPTED = {"SCOPE": ("request", "process")}
 
@@ -35,7 +36,8 @@ class Options:
 
     scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop
     waits for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs. startup_timeout:
-    seconds that it has to be entered. max_background_tasks: how many may be in flight in a process.
+    seconds that it has to be entered. max_background_tasks: how many may be in flight in a process. blocked_after:
+    seconds that the process loop may stand still before that is logged; None if it may do so for ever.
     """
 
     scope: str
@@ -44,6 +46,7 @@ class Options:
     lifespan: AsyncContextFactory | None
     startup_timeout: float
     max_background_tasks: int
+    blocked_after: float | None
 
 
 def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> Options:
@@ -71,6 +74,9 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
     most = values["MAX_BACKGROUND_TASKS"]
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise _invalid("MAX_BACKGROUND_TASKS", most, "a whole number, 1 or more")
+    blocked_after = values["BLOCKED_AFTER"]
+    if blocked_after is not None and (not _is_number(blocked_after) or blocked_after == 0):
+        raise _invalid("BLOCKED_AFTER", blocked_after, "a number of seconds, more than 0, or None")
     lifespan = values["LIFESPAN"]
     if lifespan is not None and values["SCOPE"] != "process":
         raise _invalid("LIFESPAN", lifespan, "None in scope 'request', which has no process loop to hold it open")
@@ -81,6 +87,7 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
         lifespan=_lifespan(lifespan),
         startup_timeout=float(values["STARTUP_TIMEOUT"]),
         max_background_tasks=most,
+        blocked_after=blocked_after,
     )
 
 

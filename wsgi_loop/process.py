@@ -98,6 +98,7 @@ def _start(options: Options, door: Door) -> ProcessLoop:
         options.lifespan,
         options.startup_timeout,
         options.max_background_tasks,
+        options.blocked_after,
         SyncThreads("wsgi-sync", close_old_connections, connections.close_all),
         release,
     )

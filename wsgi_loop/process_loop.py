@@ -17,11 +17,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
-from .bridge.executor import Executor
+from .bridge.executor import Executor, executor_in
 from .calls import NoLoop, RequestTask, name_of
 from .loops import Door, LoopFactory, RunningLoop
-from .resources import AsyncContextFactory, keepers_of
+from .resources import AsyncContextFactory, context_of, keepers_of
 from .threads import SyncThreads, stack_of
+from .watchdog import Watchdog
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -33,8 +34,9 @@ class ProcessLoop(RunningLoop):
     """The loop of a whole process, on which many requests are at a time.
 
     lifespan: makes the async context manager that is open for as long as the loop takes calls. startup_timeout: seconds
-    that it has to be entered. max_background_tasks: how many may be in flight. release: called when no task is left,
-    and its future awaited; or when the loop is given up, and no more.
+    that it has to be entered. max_background_tasks: how many may be in flight. blocked_after: seconds after which it is
+    logged that the loop stands still. threads: run sync code. release: called when no task is left, and its future
+    awaited; or when the loop is given up, and no more.
     """
 
     _has_users_executor = False
@@ -48,6 +50,7 @@ class ProcessLoop(RunningLoop):
         lifespan: AsyncContextFactory | None,
         startup_timeout: float,
         max_background_tasks: int,
+        blocked_after: float | None,
         threads: SyncThreads,
         release: Callable[[], Future[Any] | None],
     ) -> None:
@@ -65,6 +68,9 @@ class ProcessLoop(RunningLoop):
         self._descriptions: dict[asyncio.Task[Any], str] = {}
         super().__init__(factory, timeout, "The process loop", door)
         keepers_of(self.loop).end_with_tasks = False
+        self.watchdog = blocked_after and Watchdog(
+            self.loop, blocked_after, self.post_to_open, lambda: self.thread_id, self._describe_current
+        )
         self._set_default_executor: Callable[[Any], None] = self.loop.set_default_executor
         self.loop.__dict__["set_default_executor"] = self._let_default_executor
 
@@ -74,6 +80,8 @@ class ProcessLoop(RunningLoop):
         """Start the loop's thread. Raises RuntimeError if it can not be started."""
         self.post(self._open_soon, context=contextvars.Context())
         super().start()
+        if self.watchdog:
+            self.watchdog.start()
 
     @property
     def has_failed(self) -> bool:
@@ -269,6 +277,23 @@ class ProcessLoop(RunningLoop):
         for task in cut_off:
             task.add_done_callback(done)
             task.cancel()
+
+    def _describe_current(self) -> str:
+        """Name the task that runs now, and whose it is. Called on any thread."""
+        task = asyncio.current_task(self.loop)
+        if task is None:
+            return f"{self.owner}: a callback"
+        owner = next((found.owner for found in self._request_tasks.copy() if task in found.running()), None)
+        if owner is None:
+            context = context_of(task)
+            executor = None if context is None else executor_in(context)
+            owner = self.owner if executor is None else executor.owner
+        return f"{owner}: {self._describe(task)}"
+
+    def _close(self) -> None:
+        if self.watchdog:
+            self.watchdog.stop()
+        super()._close()
 
     def _describe(self, task: asyncio.Task[Any]) -> str:
         return self._descriptions.get(task) or super()._describe(task)

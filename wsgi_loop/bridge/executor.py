@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -186,6 +187,13 @@ def enclosing_executor() -> Executor | None:
     while executor is not None and not isinstance(executor, Executor):
         executor = executor._old_executor
     return executor
+
+
+def executor_in(context: contextvars.Context) -> Executor | None:
+    """Return an executor of the request that a context belongs to, which may be entered elsewhere, if any."""
+    storage = context.get(CURRENT)
+    executor = None if storage is None else storage.data.get("current")
+    return executor if isinstance(executor, Executor) else None
 
 
 def current_executor() -> Executor | None:
