@@ -1363,7 +1363,8 @@ EXCEPTIONS = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit, 
 EXCEPTIONS["TimeLimit"] = TimeLimit  # type: ignore[assignment]
 Line = tuple[str, int]
 #: What the loop itself calls: asyncio logs what is raised there, and goes on, as in all its callbacks.
-CALLBACKS = {"_stop_for_step"}
+#: So does concurrent.futures with a callback of a thread's future.
+CALLBACKS = {"_stop_for_step", "_call_set_state", "_set_state", "_copy_future_state"}
 
 
 class WatchedLoop(asyncio.SelectorEventLoop):
@@ -1384,7 +1385,7 @@ class Interrupter:
         self._package = os.path.dirname(wsgi_loop.__file__) + os.sep
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
-        if frame.f_code.co_name in CALLBACKS:
+        if any(found.f_code.co_name in CALLBACKS for found in (frame, frame.f_back, frame.f_back.f_back)):
             return None
         return self.trace_lines if frame.f_code.co_filename.startswith(self._package) else None
 
