@@ -11,6 +11,7 @@ extensions = ["myst_parser"]
 exclude_patterns = ["_build"]
 # So that links to a heading work here as they do where the repository is read.
 myst_heading_anchors = 3
+myst_enable_extensions = ["tasklist"]
 highlight_language = "none"
 
 html_theme = "furo"

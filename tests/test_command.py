@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
@@ -25,7 +26,9 @@ from django.core.management.base import CommandError
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 
 from wsgi_loop.bridge import watching
+from wsgi_loop.bridge.storage import scope_here
 
+from .services.support import connected_redis
 from .support import eventually, here, serve
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +47,8 @@ class Seen:
 
 
 def report(*paths: str, **options: Any) -> list[dict[str, Any]]:
+    """What it says in JSON, of what this process serves: in processes of their own, see `of_processes`."""
+    options = {"in_process": True} | options
     out = io.StringIO()
     call_command("wsgi_loop", *paths, as_json=True, stdout=out, **options)
     requests: list[dict[str, Any]] = json.loads(out.getvalue())["requests"]
@@ -52,6 +57,7 @@ def report(*paths: str, **options: Any) -> list[dict[str, Any]]:
 
 def shown(*paths: str, **options: Any) -> dict[str, list[str]]:
     """The table's rows, by their names."""
+    options = {"in_process": True} | options
     out = io.StringIO()
     call_command("wsgi_loop", *paths, stdout=out, **options)
     rows = [line.split("  ") for line in out.getvalue().splitlines()]
@@ -344,6 +350,136 @@ def test_a_terminal_gets_a_bar_and_nothing_else_does(example: dict[str, Any]) ->
     assert "6 of 6 requests" in written
     # It is gone at the end.
     assert written.endswith("\r\x1b[K$")
+
+
+PATHS = ("kept-client", "own-state", "background", "leave", "stream", "worse", "background")
+REPEAT = 4
+
+
+@pytest.fixture(scope="module", params=["request", "process"])
+def of_processes(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
+    """The scope, and the processes that reported on the site, in JSON and as a table."""
+    with connected_redis():
+        done = [run_report(request.param, *PATHS, *options) for options in (["--json"], [])]
+    return request.param, *done
+
+
+def run_report(scope: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    paths = [argument if argument.startswith("-") else f"/{argument}/" for argument in arguments]
+    environment = {
+        "DJANGO_SETTINGS_MODULE": "tests.report_site",
+        "PYTHONPATH": str(ROOT),
+        "REPORT_SCOPE": scope,
+        "REPORT_PARENT": str(os.getpid()),
+    }
+    return subprocess.run(
+        # What redis says about a client whose loop is gone would be an error here, and not there.
+        [sys.executable, "-W", "ignore::ResourceWarning", "-m", "django", "wsgi_loop", *paths, f"--repeat={REPEAT}"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def part(done: subprocess.CompletedProcess[str], path: str) -> str:
+    """What the table says of a path."""
+    (found, *_) = [part for part in done.stdout.split("\n\n") if part.startswith(f"GET /{path}/")]
+    return found
+
+
+def of_path(done: subprocess.CompletedProcess[str], path: str) -> list[dict[str, Any]]:
+    return [request for request in json.loads(done.stdout)["requests"] if request["path"] == f"/{path}/"]
+
+
+def test_a_client_that_breaks_is_recognised(of_processes: Any) -> None:
+    scope, as_json, table = of_processes
+    (request,) = of_path(as_json, "kept-client")
+    shown = part(table, "kept-client")
+    assert request["django"]["of_another_loop"] == "RuntimeError: Event loop is closed"
+    assert len(request["django"]["answers"]) == 2
+    assert "Bound to another event loop, with Django's own handler: RuntimeError: Event loop is closed" in shown
+    if scope == "process":
+        assert request["wsgi_loop"]["answers"] == {"200 OK": 1 + REPEAT}
+        assert request["wsgi_loop"]["of_another_loop"] == ""
+        assert "PerLoop" not in shown
+    else:
+        assert request["wsgi_loop"]["of_another_loop"] == "RuntimeError: Event loop is closed"
+        assert "Keep a PerLoop in its place, or serve with WSGI_LOOP = {'SCOPE': 'process'}." in shown
+        assert "Something belongs to the event loop of an earlier request: /kept-client/" in table.stderr
+
+
+def test_each_handler_is_in_a_process_of_its_own(of_processes: Any) -> None:
+    (request,) = of_path(of_processes[1], "own-state")
+    for side in ("django", "wsgi_loop"):
+        assert request[side]["answers"] == {"200 OK": 1 + REPEAT}
+
+
+def test_background_tasks_are_not_left_over_and_left_over_ones_are_their_requests_own(of_processes: Any) -> None:
+    _, as_json, _ = of_processes
+    for request in of_path(as_json, "background"):
+        assert request["wsgi_loop"]["left_over_tasks"] == []
+    (request,) = of_path(as_json, "leave")
+    assert request["django"]["left_over_tasks"] == request["wsgi_loop"]["left_over_tasks"] == ["left (sleep)"]
+
+
+def test_a_stream_that_django_reads_first_is_told(of_processes: Any) -> None:
+    _, as_json, table = of_processes
+    (request,) = of_path(as_json, "stream")
+    assert [request[side]["is_read_first"] for side in ("django", "wsgi_loop")] == [True, False]
+    assert "reads the async body to its end before it sends the first byte" in part(table, "stream")
+    assert "StreamingHttpResponse" not in table.stderr
+
+
+def test_all_answers_count(of_processes: Any) -> None:
+    _, as_json, table = of_processes
+    (request,) = of_path(as_json, "worse")
+    assert (request["worse"], request["wsgi_loop"]["status"]) == (True, "200 OK")
+    assert request["django"]["answers"] == {"200 OK": 1 + REPEAT}
+    assert request["wsgi_loop"]["answers"] == {"200 OK": 1, "500 Internal Server Error": REPEAT}
+    assert "All answers with wsgi-loop: 4 x 500 Internal Server Error, 1 x 200 OK" in part(table, "worse")
+    assert as_json.returncode == table.returncode == 1
+    assert "wsgi-loop answered otherwise than Django's own handler: /worse/" in table.stderr
+
+
+def test_the_options_are_told(of_processes: Any) -> None:
+    scope, as_json, table = of_processes
+    options = json.loads(as_json.stdout)["options"]
+    assert (options["SCOPE"], options["SHUTDOWN_TIMEOUT"], options["LIFESPAN"]) == (scope, 0.5, None)
+    assert f"WSGI_LOOP: {options}" in table.stdout
+    assert "each handler in a process of its own" in table.stdout
+
+
+def test_what_goes_well_ends_well() -> None:
+    done = run_report("request", "own-state", "stream")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_process_that_ends_is_told() -> None:
+    done = run_report("request", "end")
+    assert done.returncode == 1
+    assert "wsgi-loop-report-1, which imports the project and serves its requests, has ended" in done.stderr
+    assert "exit code 7" in done.stderr
+
+
+def test_a_project_that_a_process_can_not_begin_with_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where settings.configure() was called, of which another process knows nothing.
+    monkeypatch.delenv("DJANGO_SETTINGS_MODULE")
+    with pytest.raises(CommandError, match=r"could not begin: ImproperlyConfigured: .*DJANGO_SETTINGS_MODULE"):
+        report(in_process=False)
+
+
+@pytest.mark.parametrize(
+    ("of_stock", "of_ours", "fails"), [(500, 200, False), (200, 500, True), (200, 302, True), (500, 500, False)]
+)
+def test_the_exit_code_says_if_wsgi_loop_answers_worse(of_stock: int, of_ours: int, fails: bool) -> None:
+    def view(request: HttpRequest) -> HttpResponse:
+        async_to_sync(here)()  # from its first loop call on, a scope can be seen
+        return HttpResponse(status=of_stock if scope_here() is None else of_ours)
+
+    with serve({"answer/": view}), pytest.raises(CommandError) if fails else contextlib.nullcontext():
+        report("/answer/", repeat=1)
 
 
 def test_the_exit_code_is_for_machines(example: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *all_pages()], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *all_pages()], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     # Those of directives too, but not those in code.
     prose = FENCE.sub(lambda match: match[3] if match[2].startswith("{py:") else "", page.read_text())
@@ -87,6 +87,39 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_the_readme_and_the_panel_are_set_up_as_they_say() -> None:
+    to_wsgi_file, to_settings = BLOCK.findall((ROOT / "README.md").read_text())
+    assert type(run_block(to_wsgi_file)["application"]) is wsgi_loop.WSGIHandler
+    with serve({}, WSGI_LOOP=run_block(to_settings)["WSGI_LOOP"]) as server:
+        assert server.handler._options.scope == "process"
+    (to_settings,) = BLOCK.findall(text("panel.md"))
+    names: dict[str, Any] = {"INSTALLED_APPS": []}
+    exec(to_settings, names)
+    assert names["INSTALLED_APPS"] == ["wsgi_loop"]
+    assert import_string(names["DEBUG_TOOLBAR_PANELS"][-1]).__name__ == "LoopPanel"
+
+
+def test_an_index_gets_whole_addresses(tmp_path: Path) -> None:
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "wsgi_loop"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = (
+        "from distutils.core import run_setup; print(run_setup('setup.py', stop_after='config').get_long_description())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import setuptools; {code}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    links = re.findall(r"\]\(([^)\s]+)\)", done.stdout)
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert f"/raw/v{wsgi_loop.__version__}/docs/images/front-page.png" in done.stdout
+    assert f"/blob/v{wsgi_loop.__version__}/docs/tutorial.md" in done.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("furo") is None, reason="the extra `docs` is not installed")
@@ -240,6 +273,9 @@ def test_every_block_is_used_here() -> None:
         "howto/psycopg.md": {"mysite/connection_views.py"},
         "howto/httpx.md": {"mysite/weather.py"},
         "howto/scaling.md": {"mysite/pgbouncer.py", "mysite/settings.py"},
+        # See test_troubleshooting.
+        "howto/locks.md": {"mysite/limits.py"},
+        "howto/transactions.md": {"mysite/transfer.py"},
         "reference/settings.md": {"mysite/settings.py", "mysite/wsgi.py"},
         "reference/api.md": {"mysite/reports.py", "mysite/blocks.py"},
         "reference/signals.md": {"mysite/receivers.py", "mysite/hooks.py"},

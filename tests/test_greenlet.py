@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -70,3 +71,23 @@ def test_a_left_over_task_in_a_greenlet_is_ended_by_the_request_thread() -> None
         server.get()
     assert server.status == "200 OK"
     assert seen == [threading.get_ident()]
+
+
+def test_a_promotion_keeps_nothing_that_async_code_has_let_go_of() -> None:
+    # Up to Python 3.12, to look at a frame's locals was to keep them for as long as the frame lives.
+    class Big:
+        pass
+
+    left: list[Any] = []
+
+    async def view(request: Any) -> HttpResponse:
+        big = Big()
+        reference = weakref.ref(big)
+        await asyncio.gather(sync_to_async(int)(), asyncio.sleep(0))
+        del big
+        left.append(reference())
+        return HttpResponse(threading.current_thread().name)
+
+    with serve(view) as server:
+        assert server.get().startswith(b"wsgi-loop")
+    assert left == [None]

@@ -53,7 +53,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = directory / "source"
     # A copy, as the build leaves files in its source.
     shutil.copytree(ROOT / "wsgi_loop", source / "wsgi_loop", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", directory, source, cwd=directory)
     (wheel,) = directory.glob("*.whl")

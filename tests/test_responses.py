@@ -14,6 +14,7 @@ from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.template.response import TemplateResponse
 
+import wsgi_loop
 from wsgi_loop.responses import call_after_close
 
 from .conftest import Connect
@@ -313,3 +314,18 @@ def test_a_body_that_is_iterated_on_another_thread() -> None:
         response.close()
     assert places[0][0].loop is places[1][0].loop
     assert places[0][1] != places[1][1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_handler_in_the_place_of_djangos_does_not_call_itself(
+    streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As somebody does whose tool makes Django's handler by its name, as LiveServerThread does.
+    monkeypatch.setattr("django.core.handlers.wsgi.WSGIHandler", wsgi_loop.WSGIHandler)
+
+    def view(request: Any) -> Any:
+        call_here()
+        return StreamingHttpResponse([b"content"]) if streaming else HttpResponse(b"content")
+
+    with serve(view) as server:
+        assert server.get() == b"content"

@@ -230,7 +230,7 @@ class RequestTask:
     def _align(self, caller: contextvars.Context) -> bool:
         """Make the current context hold what `caller` holds. False: that can not be done."""
         tokens = self._tokens
-        if self.task is None:
+        if self.task is None and not tokens:
             # The context is empty: 10,000 instructions less than to compare.
             for var, value in caller.items():
                 tokens[var] = var.set(value)

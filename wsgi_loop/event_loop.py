@@ -94,7 +94,7 @@ def _made_late(make: Callable[[], Any]) -> cached_property[Any]:
 
 
 def _learn() -> None:
-    """Find out what a loop consists of. Two weak collections are made when a loop first uses them."""
+    """Find out what a loop consists of. `_asyncgens` and `_transports` are made when a loop first uses them."""
     loop = EventLoop.__new__(EventLoop)
     asyncio.SelectorEventLoop.__init__(loop, _NoSelector(loop=loop))  # type: ignore[arg-type]
     for name, value in vars(loop).items():

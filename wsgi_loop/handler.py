@@ -15,7 +15,7 @@ import django
 from django.conf import settings
 from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured
-from django.core.handlers import wsgi
+from django.core.handlers.wsgi import WSGIHandler as DjangoHandler
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 from django.http import HttpRequest
@@ -53,7 +53,7 @@ def get_wsgi_application(**options: Any) -> WSGIHandler:
     return WSGIHandler(**options)
 
 
-class WSGIHandler(wsgi.WSGIHandler):
+class WSGIHandler(DjangoHandler):
     """Serves each request in a scope of its own: see `RequestScope`. Takes the options of `get_wsgi_application`."""
 
     def __init__(self, **options: Any) -> None:
@@ -64,7 +64,8 @@ class WSGIHandler(wsgi.WSGIHandler):
         self._options = get_options(**options)
         super().__init__()
 
-    # Django's methods are called by name: super() would cost a request 2,000 instructions more on Python 3.11.
+    # Django's methods are called by name: super() would cost a request 2,000 instructions more on Python 3.11. The name
+    # is bound here: who sets Django's own to this class, so that LiveServerThread takes it, would have it call itself.
 
     def __call__(  # type: ignore[override]
         self, environ: dict[str, Any], start_response: Callable[..., Any]
@@ -78,7 +79,7 @@ class WSGIHandler(wsgi.WSGIHandler):
         scope.subject = environ
         scope.calls = None
         try:
-            response: Any = scope.start(wsgi.WSGIHandler.__call__, self, environ, start_response)
+            response: Any = scope.start(DjangoHandler.__call__, self, environ, start_response)
         except BaseException:
             scope.close()
             raise
@@ -90,7 +91,7 @@ class WSGIHandler(wsgi.WSGIHandler):
         return ScopedIterable(scope, response)
 
     def get_response(self, request: HttpRequest) -> HttpResponseBase:
-        response: HttpResponseBase = wsgi.WSGIHandler.get_response(self, request)
+        response: HttpResponseBase = DjangoHandler.get_response(self, request)
         if response.streaming:
             scope = scope_here()
             # Of this very request: a view may make another one, and call this for it.

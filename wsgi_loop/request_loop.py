@@ -19,6 +19,7 @@ import _thread
 import asyncio
 import contextlib
 import contextvars
+import gc
 import logging
 import sys
 import threading
@@ -52,10 +53,9 @@ def _is_bound_to_thread(task: asyncio.Task[Any]) -> bool:
     greenlet: Any = sys.modules.get("greenlet")
     awaited: Any = task.get_coro() if greenlet is not None else None
     while awaited is not None:
-        for name in ("cr", "ag", "gi"):
-            frame = getattr(awaited, f"{name}_frame", None)
-            if frame is not None and any(isinstance(found, greenlet.greenlet) for found in frame.f_locals.values()):
-                return True
+        # Not by `f_locals`: up to Python 3.12 a frame would keep what that has found, for as long as the frame lives.
+        if any(isinstance(found, greenlet.greenlet) for found in gc.get_referents(awaited)):
+            return True
         awaited = next(
             filter(None, (getattr(awaited, name, None) for name in ("cr_await", "ag_await", "gi_yieldfrom"))), None
         )

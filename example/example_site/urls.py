@@ -8,7 +8,6 @@ from . import views
 urlpatterns = [
     path("", views.front_page, name="front-page"),
     path("sync/", views.front_page_sync, name="front-page-sync"),
-    path("comparison/<own_id>/<other_id>/", views.comparison, name="comparison"),
     path("probe/", views.probe, name="probe"),
     path("probe/sync/", views.probe_sync, name="probe-sync"),
     path("journey/<journey_id>/", views.show_journey, name="journey"),

@@ -4,13 +4,12 @@ import asyncio
 import json
 from collections.abc import Iterator
 
-from asgiref.sync import sync_to_async
-from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import Http404, HttpRequest, JsonResponse, StreamingHttpResponse
 from django.template.loader import render_to_string
 from django.utils.html import format_html
 
 from . import journey
-from .compare import is_sent_again, pair, send_again
+from .compare import compare, is_sent_again
 from .work import async_work, stream_titles, sync_work
 
 
@@ -28,16 +27,8 @@ def page(request: HttpRequest, count: str) -> Iterator[str]:
         yield format_html("<li>{}</li>\n", title)
     yield "</ul>\n"
     if not is_sent_again(request):
-        own = journey.current.get()
-        # Of this very request, request_finished is still to come: the page's script then asks for `comparison`.
-        yield render_to_string("example_site/comparison.html", pair(own, send_again(request, own)))
+        yield render_to_string("example_site/comparison.html", compare(request))
     yield render_to_string("example_site/page_end.html")
-
-
-async def comparison(request: HttpRequest, own_id: str, other_id: str) -> HttpResponse:
-    """Give the page's comparison once more, now that its request is over."""
-    context = pair(await finished_journey(own_id), await finished_journey(other_id))
-    return HttpResponse(await sync_to_async(render_to_string)("example_site/comparison.html", context))
 
 
 async def probe(request: HttpRequest) -> StreamingHttpResponse:

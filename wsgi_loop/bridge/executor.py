@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from contextvars import Context
 from queue import Empty, SimpleQueue
 from threading import get_ident
 from typing import Any, Protocol, cast
@@ -179,18 +180,18 @@ def run_here(function: Callable[[], Any]) -> Any:
         thread.update(found)
 
 
-def enclosing_executor() -> Executor | None:
-    """Return the executor of the loop call that the current context belongs to, if it is a request's."""
-    storage = CURRENT.get(None)
+def enclosing_executor(context: Context | None = None) -> Executor | None:
+    """Return the executor of the loop call that a context, the current one, belongs to, if it is a request's."""
+    storage = CURRENT.get(None) if context is None else context.get(CURRENT)
     executor = None if storage is None else storage.data.get("current")
     while executor is not None and not isinstance(executor, Executor):
         executor = executor._old_executor
     return executor
 
 
-def current_executor() -> Executor | None:
-    """Return the bottom executor of the request that the current context belongs to, if any."""
-    executor = enclosing_executor()
+def current_executor(context: Context | None = None) -> Executor | None:
+    """Return the bottom executor of the request that a context, the current one, belongs to, if any."""
+    executor = enclosing_executor(context)
     return None if executor is None else executor.bottom
 
 

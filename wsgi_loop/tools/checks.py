@@ -51,7 +51,8 @@ def check_setting(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
     try:
         get_options()
     except ImproperlyConfigured as exc:
-        return [Error(str(exc), hint="See the README of wsgi-loop for the setting's keys.", id="wsgi_loop.E001")]
+        hint = "The documentation of wsgi-loop has each key: see docs/reference/settings.md."
+        return [Error(str(exc), hint=hint, id="wsgi_loop.E001")]
     return []
 
 

@@ -20,13 +20,14 @@ from django.utils.crypto import get_random_string
 from django.utils.module_loading import import_string
 
 import wsgi_loop
-from wsgi_loop.conf import get_options
-from wsgi_loop.tools.report import Comparison, Request, Side
+from wsgi_loop.conf import DEFAULTS
+from wsgi_loop.tools.report import Comparison, Request, Side, WorkerEnded, is_worse
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 REPEAT = 20
 TITLES = ("Django's own handler", "wsgi-loop")
 BAR = 30
+_PLAIN = (str, int, float, type(None))
 
 
 class _Formatter(RawDescriptionHelpFormatter, DjangoHelpFormatter):
@@ -35,8 +36,8 @@ class _Formatter(RawDescriptionHelpFormatter, DjangoHelpFormatter):
 
 class Command(BaseCommand):
     help = (
-        "Sends a request to each path through Django's own handler and through wsgi-loop, in this process, and\n"
-        "shows side by side what each made of it.\n\n"
+        "Sends a request to each path through Django's own handler and through wsgi-loop, each in a process of its\n"
+        "own, and shows side by side what each made of it. The exit code is 1 if wsgi-loop answers worse.\n\n"
         "The requests are really executed, with the database of the settings: once through each handler to count,\n"
         "and --repeat times more to take the time. That holds for --method POST and other unsafe methods too,\n"
         "whatever they do, so --repeat is 1 for these unless it is given."
@@ -57,6 +58,11 @@ class Command(BaseCommand):
         )
         parser.add_argument(
             "--repeat", type=int, help=f"how many requests to time for each handler; the default is {REPEAT}, or 1"
+        )
+        parser.add_argument(
+            "--in-process",
+            action="store_true",
+            help="serve in this process, for a debugger or inside a test: both handlers then share its modules",
         )
         parser.add_argument("--json", action="store_true", dest="as_json", help="write JSON, for machines")
         parser.add_argument(
@@ -84,7 +90,7 @@ class Command(BaseCommand):
                 )
         headers = _headers(options["header"], method, bool(options["data"]))
         results: list[tuple[str, tuple[Side, Side]]] = []
-        with _session_of(options["user"], headers), _comparison() as comparison:
+        with _session_of(options["user"], headers), _comparison(options["in_process"]) as comparison:
             step = self._progress(2 * (1 + repeat) * len(paths), quiet=options["verbosity"] < 1)
             try:
                 for path in paths:
@@ -96,14 +102,22 @@ class Command(BaseCommand):
             self.stdout.write(json.dumps(_as_json(method, repeat, results), indent=2))
         else:
             self.stdout.write("\n".join(_as_table(method, path, sides) for path, sides in results))
+            where = "both handlers in this process" if options["in_process"] else "each handler in a process of its own"
             self.stdout.write(
-                f"\nTime: the median of {repeat}, by turns, in one process with no server. Python "
+                f"\nTime: the median of {repeat}, by turns, {where}, with no server. Python "
                 f"{platform.python_version()}, Django {django.__version__}, asgiref {asgiref.__version__}, wsgi-loop "
-                f"{wsgi_loop.__version__}, scope {get_options().scope!r}."
+                f"{wsgi_loop.__version__}.\nWSGI_LOOP: {_setting()!r}"
             )
+        wrong = []
+        if worse := [path for path, sides in results if is_worse(*sides)]:
+            wrong.append(f"wsgi-loop answered otherwise than Django's own handler: {', '.join(worse)}")
+        if broken := [path for path, (_, ours) in results if ours.of_another_loop]:
+            wrong.append(f"Something belongs to the event loop of an earlier request: {', '.join(broken)}")
         odd = [path for path, (_, ours) in results if not ours.one_loop]
         if odd and options["fail_if_not_one_loop"]:
-            raise CommandError(f"Not on one event loop of wsgi-loop: {', '.join(odd)}", returncode=1)
+            wrong.append(f"Not on one event loop of wsgi-loop: {', '.join(odd)}")
+        if wrong:
+            raise CommandError("\n".join(wrong), returncode=1)
 
     def _progress(self, total: int, quiet: bool) -> Callable[[str | None], None]:
         """Return what draws a bar, on a terminal, after each request; and takes it away, called with None."""
@@ -156,13 +170,17 @@ def _add_cookie(headers: dict[str, str], name: str, value: str) -> None:
 
 
 @contextlib.contextmanager
-def _comparison() -> Iterator[Comparison]:
+def _comparison(in_process: bool) -> Iterator[Comparison]:
     try:
-        comparison = Comparison()
-    except ImproperlyConfigured as exc:
+        with Comparison(in_process) as comparison:
+            yield comparison
+    except (ImproperlyConfigured, WorkerEnded) as exc:
         raise CommandError(str(exc)) from exc
-    with comparison:
-        yield comparison
+
+
+def _setting() -> dict[str, Any]:
+    """The options that the handler runs with. Those that are given in a wsgi.py are the server's alone."""
+    return DEFAULTS | getattr(settings, "WSGI_LOOP", {})
 
 
 @contextlib.contextmanager
@@ -217,14 +235,38 @@ def _as_table(method: str, path: str, sides: tuple[Side, Side]) -> str:
         for name, values in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    if sides[0].status != sides[1].status:
-        lines.append("The answers differ: the second one may depend on what the first one did.")
+    stock, ours = sides
+    if len(stock.statuses | ours.statuses) > 1:
+        for title, side in zip(TITLES, sides, strict=True):
+            told = ", ".join(f"{number} x {status or 'none'}" for status, number in side.statuses.most_common())
+            lines.append(f"All answers with {title}: {told}")
+        if is_worse(stock, ours):
+            lines.append("The answers differ. If a request changes what the next one finds, that may be all.")
+    for title, side in zip(TITLES, sides, strict=True):
+        if side.of_another_loop:
+            lines.append(f"Bound to another event loop, with {title}: {side.of_another_loop}")
+    if ours.of_another_loop:
+        lines.append(_remedy())
+    if stock.is_read_first:
+        lines.append("Django's own handler reads the async body to its end before it sends the first byte.")
     for title, side in zip(TITLES, sides, strict=True):
         if side.left_over:
             lines.append(f"Left over with {title}: {', '.join(side.left_over)}")
     if not any(side.loop_calls for side in sides):
         lines.append("This request makes no loop call, so there is nothing to put on one loop.")
     return "\n".join(lines) + "\n"
+
+
+def _remedy() -> str:
+    if _setting()["SCOPE"] == "process":
+        return (
+            "What raises this was opened on a loop other than the process loop, such as by asyncio.run() when its "
+            "module was imported. Open it in async code of a request, or in the LIFESPAN."
+        )
+    return (
+        "What raises this is kept in a module, perhaps a client or a pool, and bound to an earlier request's loop. "
+        "Keep a PerLoop in its place, or serve with WSGI_LOOP = {'SCOPE': 'process'}."
+    )
 
 
 def _as_json(method: str, repeat: int, results: list[tuple[str, tuple[Side, Side]]]) -> dict[str, Any]:
@@ -235,9 +277,16 @@ def _as_json(method: str, repeat: int, results: list[tuple[str, tuple[Side, Side
             "asgiref": asgiref.__version__,
             "wsgi_loop": wsgi_loop.__version__,
         },
+        "options": {key: value if isinstance(value, _PLAIN) else repr(value) for key, value in _setting().items()},
         "repeat": repeat,
         "requests": [
-            {"method": method, "path": path, "django": _side_as_json(stock), "wsgi_loop": _side_as_json(ours)}
+            {
+                "method": method,
+                "path": path,
+                "worse": is_worse(stock, ours),
+                "django": _side_as_json(stock),
+                "wsgi_loop": _side_as_json(ours),
+            }
             for path, (stock, ours) in results
         ],
     }
@@ -246,6 +295,9 @@ def _as_json(method: str, repeat: int, results: list[tuple[str, tuple[Side, Side
 def _side_as_json(side: Side) -> dict[str, Any]:
     return {
         "status": side.status,
+        "answers": dict(side.statuses),
+        "of_another_loop": side.of_another_loop,
+        "is_read_first": side.is_read_first,
         "loop_calls": side.loop_calls,
         "loops": side.loops,
         "threads": side.threads,
