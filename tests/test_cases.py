@@ -1364,6 +1364,8 @@ EXCEPTIONS["TimeLimit"] = TimeLimit  # type: ignore[assignment]
 Line = tuple[str, int]
 #: What the loop itself calls: asyncio logs what is raised there, and goes on, as in all its callbacks.
 CALLBACKS = {"_stop_for_step"}
+#: What calls us from a callback of a thread's future, where concurrent.futures does the same.
+THREAD_CALLBACKS = {"_call_set_state"}
 
 
 class WatchedLoop(asyncio.SelectorEventLoop):
@@ -1384,7 +1386,7 @@ class Interrupter:
         self._package = os.path.dirname(wsgi_loop.__file__) + os.sep
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
-        if frame.f_code.co_name in CALLBACKS:
+        if frame.f_code.co_name in CALLBACKS or frame.f_back.f_code.co_name in THREAD_CALLBACKS:
             return None
         return self.trace_lines if frame.f_code.co_filename.startswith(self._package) else None
 

@@ -6,6 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -31,6 +32,19 @@ def no_loop() -> str:
     return "not a loop"
 
 
+async def async_generator_function() -> Any:
+    yield
+
+
+@contextmanager
+def sync_lifespan() -> Any:
+    yield
+
+
+class NoContextManager:
+    """Something callable that returns none."""
+
+
 WRONG = [
     ({"SCOOPE": "request"}, ["SCOOPE", "request", "SHUTDOWN_TIMEOUT"]),
     ({"SCOPE": "thread"}, ["SCOPE", "'thread'", "'request' or 'process'"]),
@@ -47,9 +61,17 @@ WRONG = [
     ({"SHUTDOWN_TIMEOUT": True}, ["SHUTDOWN_TIMEOUT", "True", "seconds"]),
     ({"SCOPE": "process", "LIFESPAN": "no.such.lifespan"}, ["LIFESPAN", "no.such.lifespan", "imported"]),
     ({"SCOPE": "process", "LIFESPAN": 3}, ["LIFESPAN", "3", "async context manager"]),
+    ({"SCOPE": "process", "LIFESPAN": coroutine_function}, ["LIFESPAN", "coroutine_function", "a coroutine"]),
+    ({"SCOPE": "process", "LIFESPAN": async_generator_function}, ["LIFESPAN", "asynccontextmanager"]),
+    ({"SCOPE": "process", "LIFESPAN": sync_lifespan}, ["LIFESPAN", "sync_lifespan", "async def"]),
+    ({"SCOPE": "process", "LIFESPAN": NoContextManager}, ["LIFESPAN", "NoContextManager", "__aenter__"]),
+    ({"STARTUP_TIMEOUT": 0}, ["STARTUP_TIMEOUT", "0", "more than 0"]),
+    ({"STARTUP_TIMEOUT": "20"}, ["STARTUP_TIMEOUT", "'20'", "seconds"]),
     ({"LIFESPAN": coroutine_function}, ["LIFESPAN", "coroutine_function", "scope 'request'"]),
     ({"MAX_BACKGROUND_TASKS": 0}, ["MAX_BACKGROUND_TASKS", "0", "1 or more"]),
     ({"MAX_BACKGROUND_TASKS": True}, ["MAX_BACKGROUND_TASKS", "True", "1 or more"]),
+    ({"BLOCKED_AFTER": 0}, ["BLOCKED_AFTER", "0", "None"]),
+    ({"BLOCKED_AFTER": "1"}, ["BLOCKED_AFTER", "'1'", "seconds"]),
     ([("SCOPE", "request")], ["WSGI_LOOP", "dict"]),
     ("request", ["WSGI_LOOP", "'request'", "dict"]),
 ]

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -272,6 +273,13 @@ def test_every_block_is_used_here() -> None:
         "howto/redis.md": {"mysite/counters.py"},
         "howto/psycopg.md": {"mysite/connection_views.py"},
         "howto/httpx.md": {"mysite/weather.py"},
+        "howto/start.md": {  # see servers/test_start
+            "gunicorn.conf.py",
+            "gunicorn_hooks.py",
+            "mysite/patient.py",
+            "mysite/uwsgi_started.py",
+            "mysite/started.py",
+        },
         "howto/scaling.md": {"mysite/pgbouncer.py", "mysite/settings.py"},
         # See test_troubleshooting.
         "howto/locks.md": {"mysite/limits.py"},
@@ -358,6 +366,26 @@ def test_the_uwsgi_file(tmp_path: Path) -> None:
         opener.open(f"http://127.0.0.1:{port}/", timeout=60) as response,
     ):
         assert json.load(response) == {"loops": 1}
+
+
+def test_a_patient_lifespan(mysite: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    async def connect() -> None:
+        tries.append("tried")
+        if len(tries) < 3:
+            raise ConnectionRefusedError
+
+    connections: Any = types.ModuleType("mysite.connections")
+    connections.connect = connect
+    monkeypatch.setitem(sys.modules, "mysite.connections", connections)
+    (mysite.directory / "mysite" / "patient.py").write_text(blocks("howto/start.md")["mysite/patient.py"])
+    lifespan = mysite.module("patient").lifespan
+    process.shut_down()
+    with EventLoopContext(scope="process", lifespan=lifespan):
+        async_to_sync(asyncio.sleep)(0)
+    process.shut_down()
+    assert len(tries) == 3
 
 
 @SCOPES

@@ -11,7 +11,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 from asgiref.sync import AsyncToSync, async_to_sync
 from django.core.checks.registry import registry
 from django.core.handlers.wsgi import WSGIHandler as DjangoHandler
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import include, path
 from django.utils.decorators import async_only_middleware
 
@@ -256,3 +257,37 @@ def test_it_costs_nothing_where_it_is_not_used() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_open_stream_keeps_nothing_of_later_requests() -> None:
+    class Kept:
+        """A dict can not be referred to weakly."""
+
+    kept: list[weakref.ref[Kept]] = []
+
+    async def chunks() -> AsyncIterator[str]:
+        yield "first"
+        yield "last"
+
+    async def stream(request: HttpRequest) -> StreamingHttpResponse:
+        return StreamingHttpResponse(chunks())
+
+    async def view(request: HttpRequest) -> HttpResponse:
+        request.META["kept"] = found = Kept()
+        kept.append(weakref.ref(found))
+        return HttpResponse(PAGE.format(""))
+
+    with served({"stream": stream, "": view}) as server:
+        response = server.open("/stream")
+        try:
+            assert next(iter(response)).startswith(b"first")
+            ((calls, _),) = watching.watchers
+            before = len(calls)
+            for _ in range(3):
+                server.get()
+            gc.collect()
+            assert len(kept) == 3
+            assert [reference() for reference in kept] == [None, None, None]
+            assert len(calls) == before
+        finally:
+            response.close()

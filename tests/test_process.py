@@ -24,8 +24,8 @@ import pytest
 from asgiref.sync import AsyncToSync, async_to_sync, sync_to_async
 from django.http import HttpResponse, StreamingHttpResponse
 
-from wsgi_loop import EventLoopContext, PerLoop, create_background_task, process
-from wsgi_loop.threads import STARTS_NONE_AT_EXIT
+from wsgi_loop import EventLoopContext, PerLoop, WSGIHandler, create_background_task, process
+from wsgi_loop.threads import STARTS_NONE_AT_EXIT, SyncThreads
 
 from .support import Place, call_here, eventually, here, in_thread, loop_threads, serve
 
@@ -311,6 +311,126 @@ def test_the_lifespan_is_open_before_the_first_call_and_left_at_the_end() -> Non
     process.shut_down()
     assert lifespan.left == 1
     assert lifespan.tasks[0] is lifespan.tasks[1]
+
+
+@contextlib.asynccontextmanager
+async def noted(seen: list[str]) -> AsyncIterator[None]:
+    seen.append("entered")
+    yield
+    seen.append("left")
+
+
+def test_start_opens_what_the_last_application_has_in_its_options() -> None:
+    seen: list[str] = []
+    WSGIHandler(scope="process", lifespan=lambda: noted(seen))
+    process.start()
+    process.start()
+    assert seen == ["entered"]
+    process.shut_down()
+    assert seen == ["entered", "left"]
+    # And another one, as every use after the end starts one.
+    process.start()
+    assert seen == ["entered", "left", "entered"]
+
+
+def test_start_reads_the_setting_where_there_is_no_application(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "application_options", None)
+    seen: list[str] = []
+    settings.WSGI_LOOP = {"SCOPE": "process", "LIFESPAN": lambda: noted(seen)}
+    process.start()
+    assert seen == ["entered"]
+
+
+def test_start_does_nothing_in_scope_request() -> None:
+    WSGIHandler(scope="request")
+    process.start()
+    assert process._loop is None
+
+
+def test_start_raises_what_the_lifespan_raises() -> None:
+    failures: list[BaseException] = [OSError("no database"), TimeoutError("of the database")]
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        if failures:
+            raise failures.pop(0)
+        yield
+
+    WSGIHandler(scope="process", lifespan=lifespan)
+    with pytest.raises(OSError, match="no database"):
+        process.start()
+    with pytest.raises(TimeoutError, match="of the database"):
+        process.start()
+    process.start()
+
+
+@pytest.mark.parametrize("ends", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_ends_a_lifespan_reaches_its_caller_as_an_exception(ends: type[BaseException]) -> None:
+    class Lifespan:
+        async def __aenter__(self) -> None:
+            raise ends("from inside")
+
+        async def __aexit__(self, *exc_info: Any) -> None:
+            pass
+
+    with serve(here_view, scope="process", lifespan=Lifespan) as server:
+        server.get()
+        assert server.status == "500 Internal Server Error"
+    WSGIHandler(scope="process", lifespan=Lifespan)
+    with pytest.raises(RuntimeError, match=rf"^LIFESPAN .* was ended by {ends.__name__}"):
+        process.start()
+
+
+async def here_view(request: Any) -> HttpResponse:
+    return HttpResponse()
+
+
+def test_a_lifespan_that_returns_no_context_manager_is_found_by_start() -> None:
+    WSGIHandler(scope="process", lifespan=lambda: 3)
+    with pytest.raises(TypeError, match="The factory of LIFESPAN returned 3"):
+        process.start()
+
+
+def test_a_lifespan_that_hangs_is_bounded_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    hangs = [True]
+    ended: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def connecting() -> AsyncIterator[None]:
+        if hangs.pop(0):
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ended.append("cancelled")
+        yield
+
+    with serve(here_view, scope="process", lifespan=connecting, startup_timeout=0.3) as server:
+        server.get()
+        assert server.status == "500 Internal Server Error"
+        assert "connecting) was not entered within 0.3 s (STARTUP_TIMEOUT)" in caplog.text
+        eventually(lambda: ended == ["cancelled"])
+        hangs.append(False)
+        server.get()
+        assert server.status == "200 OK"
+
+
+def test_a_lifespan_that_blocks_its_thread_is_bounded_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    let_go = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def blocking() -> AsyncIterator[None]:
+        let_go.wait(60)  # the line that is named
+        yield
+
+    try:
+        with serve(here_view, scope="process", lifespan=blocking, startup_timeout=0.3) as server:
+            server.get()
+            assert server.status == "500 Internal Server Error"
+        assert "blocking) was not entered within 0.3 s" in caplog.text
+        assert "# the line that is named" in caplog.text
+    finally:
+        let_go.set()
+    eventually(lambda: not loop_threads())
 
 
 def test_a_lifespan_that_raises_fails_the_call_and_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -853,3 +973,201 @@ def test_a_script_that_ends_at_once_is_not_held_up() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert time.monotonic() - started < 30
+
+
+# --- threads for sync code ---------------------------------------------------------------------------------------
+
+
+def test_forty_blocking_calls_run_at_once_and_a_look_up_does_not_wait_for_them() -> None:
+    all_in = threading.Barrier(41)
+
+    async def view(request: Any) -> HttpResponse:
+        calls = [asyncio.create_task(asyncio.to_thread(all_in.wait, 60)) for _ in range(40)]
+        await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        all_in.wait(60)
+        await asyncio.gather(*calls)
+        return HttpResponse("looked up")
+
+    with serve(view, scope="process") as server:
+        assert server.get() == b"looked up"
+
+
+def test_a_look_up_waits_for_no_thread_of_the_users() -> None:
+    let_go = threading.Event()
+
+    async def view(request: Any) -> HttpResponse:
+        most = process._loop.threads.MOST  # type: ignore[union-attr]
+        calls = [asyncio.create_task(asyncio.to_thread(let_go.wait, 60)) for _ in range(most + 10)]
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        busy = sum(thread.name == "wsgi-sync" for thread in threading.enumerate())
+        let_go.set()
+        await asyncio.gather(*calls)
+        return HttpResponse(str(busy <= most))
+
+    with serve(view, scope="process") as server:
+        assert server.get() == b"True"
+
+
+def test_threads_that_wait_for_async_code_leave_room_for_what_that_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SyncThreads, "MOST", 3)
+    all_in = threading.Barrier(3)
+
+    async def deeper() -> str:
+        await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        return await asyncio.to_thread(lambda: "deeper")
+
+    def sync() -> str:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            all_in.wait(5)  # all threads are taken
+        return async_to_sync(deeper)()
+
+    async def view(request: Any) -> HttpResponse:
+        calls = [sync_to_async(sync, thread_sensitive=False)() for _ in range(9)]
+        return HttpResponse(", ".join(set(await asyncio.gather(*calls))))
+
+    with serve(view, scope="process") as server:
+        assert server.get() == b"deeper"
+
+
+def test_a_default_executor_of_ones_own_is_used() -> None:
+    with ThreadPoolExecutor(1, "own") as executor:
+
+        @contextlib.asynccontextmanager
+        async def lifespan() -> AsyncIterator[None]:
+            asyncio.get_running_loop().set_default_executor(executor)
+            yield
+
+        async def view(request: Any) -> HttpResponse:
+            return HttpResponse(await asyncio.to_thread(lambda: threading.current_thread().name))
+
+        with serve(view, scope="process", lifespan=lifespan) as server:
+            assert server.get().startswith(b"own")
+        process.shut_down()
+
+
+def test_the_end_of_the_loop_waits_for_threads_and_ends_them() -> None:
+    seen: list[Any] = []
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().run_in_executor(None, lambda: (time.sleep(0.3), seen.append("done")))
+
+    with EventLoopContext(scope="process"):
+        async_to_sync(work)()
+    process.shut_down()
+    assert seen == ["done"]
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("wsgi-")])
+
+
+@pytest.mark.parametrize("scope", ["request", "process"])
+def test_threads_that_can_not_be_started_leave_no_entry_behind(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def view(request: Any) -> HttpResponse:
+        task = asyncio.create_task(asyncio.sleep(0))
+        await sync_to_async(time.sleep)(0)
+        await task
+        return HttpResponse("fine")
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = len(AsyncToSync.loop_thread_executors)
+    with serve(view, scope=scope) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", fail)
+            for _ in range(3):
+                server.get()
+                assert server.status == "500 Internal Server Error"
+                assert len(AsyncToSync.loop_thread_executors) == before
+        assert server.get() == b"fine"
+
+
+def test_a_call_for_a_thread_that_can_not_be_started_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = SyncThreads("wsgi-sync")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+        with pytest.raises(RuntimeError, match="no thread"):
+            threads.submit(int)
+    assert threads.submit(int).result(30) == 0
+    threads.shutdown()
+    threads.ended.result(30)
+    with pytest.raises(RuntimeError, match="has ended"):
+        threads.submit(int)
+
+
+def test_a_loop_that_breaks_fails_its_callers_and_the_next_request_starts_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    raised: list[BaseException] = []
+    loops: list[Any] = []
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+
+    def waiting(request: Any) -> HttpResponse:
+        try:
+            async_to_sync(wait)()
+        except BaseException as exc:
+            raised.append(exc)
+        return HttpResponse()
+
+    async def breaking(request: Any) -> HttpResponse:
+        loop: Any = asyncio.get_running_loop()
+        loops.append(loop)
+        loop._selector._selector.close()
+        await asyncio.sleep(60)
+        return HttpResponse()
+
+    async def view(request: Any) -> HttpResponse:
+        loops.append(asyncio.get_running_loop())
+        return HttpResponse("fine")
+
+    views = {"waiting": waiting, "breaking": breaking, "": view}
+    with serve(views, scope="process") as server, ThreadPoolExecutor(4) as threads:
+        assert server.get() == b"fine"
+        sent = [threads.submit(server.get, "/waiting") for _ in range(3)]
+        eventually(lambda: process._loop and len(process._loop._calls) == 3)
+        server.get("/breaking")
+        assert server.status == "500 Internal Server Error"
+        for future in sent:
+            future.result(60)
+        assert [type(exc) for exc in raised] == [RuntimeError] * 3
+        assert all("its event loop broke" in str(exc) for exc in raised)
+        assert server.get() == b"fine"
+        assert server.get() == b"fine"
+    assert "The process loop: its event loop broke" in caplog.text
+    assert loops[0] is loops[1] is not loops[2]
+    assert loops[2] is loops[3] is process._loop.loop  # type: ignore[union-attr]
+    # What asyncio could not close.
+    loops[0]._ssock.close()
+    loops[0]._csock.close()
+    loops[0]._closed = True
+
+
+def test_a_view_that_cancels_all_tasks_closes_no_resource_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    entered: list[int] = []
+
+    @contextlib.asynccontextmanager
+    async def resource() -> AsyncIterator[int]:
+        entered.append(len(entered))
+        yield entered[-1]
+
+    client = PerLoop(resource)
+
+    async def cancelling(request: Any) -> HttpResponse:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        return HttpResponse()
+
+    async def view(request: Any) -> HttpResponse:
+        return HttpResponse(str(await client()))
+
+    with serve({"cancel": cancelling, "": view}, scope="process") as server:
+        assert server.get() == b"0"
+        server.get("/cancel")
+        assert server.get() == b"1"
+        assert server.get() == b"1"
+    assert "was closed, because its task was cancelled" in caplog.text
+    caplog.clear()
+    process.shut_down()
+    assert not caplog.records

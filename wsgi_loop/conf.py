@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,9 @@ DEFAULTS: dict[str, Any] = {
     "LOOP_FACTORY": None,
     "SHUTDOWN_TIMEOUT": 5.0,
     "LIFESPAN": None,
+    "STARTUP_TIMEOUT": 20.0,
     "MAX_BACKGROUND_TASKS": 100,
+    "BLOCKED_AFTER": 1.0,
 }
 ACCEPTED = {"SCOPE": ("request", "process")}
 
@@ -31,15 +35,18 @@ class Options:
     """How requests get their event loops.
 
     scope: "request" or "process". loop_factory: makes an event loop. shutdown_timeout: seconds that closing a loop
-    waits for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs.
-    max_background_tasks: how many may be in flight in a process.
+    waits for cancelled tasks. lifespan: makes what is held open for as long as the process loop runs. startup_timeout:
+    seconds that it has to be entered. max_background_tasks: how many may be in flight in a process. blocked_after:
+    seconds that the process loop may stand still before that is logged; None if it may do so for ever.
     """
 
     scope: str
     loop_factory: LoopFactory
     shutdown_timeout: float
     lifespan: AsyncContextFactory | None
+    startup_timeout: float
     max_background_tasks: int
+    blocked_after: float | None
 
 
 def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> Options:
@@ -60,22 +67,32 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
     for key, accepted in ACCEPTED.items():
         if values[key] not in accepted:
             raise _invalid(key, values[key], " or ".join(map(repr, accepted)))
-    timeout = values["SHUTDOWN_TIMEOUT"]
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout < math.inf:
-        raise _invalid("SHUTDOWN_TIMEOUT", timeout, "a number of seconds, 0 or more")
+    if not _is_number(values["SHUTDOWN_TIMEOUT"]):
+        raise _invalid("SHUTDOWN_TIMEOUT", values["SHUTDOWN_TIMEOUT"], "a number of seconds, 0 or more")
+    if not _is_number(values["STARTUP_TIMEOUT"]) or values["STARTUP_TIMEOUT"] == 0:
+        raise _invalid("STARTUP_TIMEOUT", values["STARTUP_TIMEOUT"], "a number of seconds, more than 0")
     most = values["MAX_BACKGROUND_TASKS"]
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise _invalid("MAX_BACKGROUND_TASKS", most, "a whole number, 1 or more")
+    blocked_after = values["BLOCKED_AFTER"]
+    if blocked_after is not None and (not _is_number(blocked_after) or blocked_after == 0):
+        raise _invalid("BLOCKED_AFTER", blocked_after, "a number of seconds, more than 0, or None")
     lifespan = values["LIFESPAN"]
     if lifespan is not None and values["SCOPE"] != "process":
         raise _invalid("LIFESPAN", lifespan, "None in scope 'request', which has no process loop to hold it open")
     return Options(
         scope=values["SCOPE"],
         loop_factory=_loop_factory(values["LOOP_FACTORY"]),
-        shutdown_timeout=float(timeout),
+        shutdown_timeout=float(values["SHUTDOWN_TIMEOUT"]),
         lifespan=_lifespan(lifespan),
+        startup_timeout=float(values["STARTUP_TIMEOUT"]),
         max_background_tasks=most,
+        blocked_after=blocked_after,
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _known(source: str, values: Mapping[Any, Any], upper: bool = False) -> dict[str, Any]:
@@ -113,6 +130,14 @@ def _lifespan(value: Any) -> AsyncContextFactory | None:
         return None
     accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an async context manager"
     lifespan: AsyncContextFactory = _callable("LIFESPAN", value, accepted)
+    if inspect.isasyncgenfunction(lifespan):
+        raise _invalid("LIFESPAN", value, accepted, "It lacks the decorator contextlib.asynccontextmanager.")
+    if inspect.iscoroutinefunction(lifespan):
+        raise _invalid("LIFESPAN", value, accepted, "It returns a coroutine.")
+    if inspect.isgeneratorfunction(inspect.unwrap(lifespan)):
+        raise _invalid("LIFESPAN", value, accepted, "It is sync: write it with async def.")
+    if inspect.isclass(lifespan) and not issubclass(lifespan, AbstractAsyncContextManager):
+        raise _invalid("LIFESPAN", value, accepted, "Objects of this class have no __aenter__ and __aexit__.")
     return lifespan
 
 

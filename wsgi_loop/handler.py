@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import Any
+from types import FrameType
+from typing import IO, Any, cast
 
 import django
 from django.conf import settings
 from django.core.cache import caches
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.wsgi import LimitedStream
 from django.core.handlers.wsgi import WSGIHandler as DjangoHandler
 from django.core.signals import setting_changed
 from django.dispatch import receiver
@@ -22,7 +25,7 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 
-from . import forks
+from . import forks, process
 from .bridge.storage import keep_on_thread, scope_here, threadlocal
 from .conf import get_options
 from .responses import ScopedIterable, serve_in
@@ -36,6 +39,10 @@ except ImportError:  # Django 5.2
 else:
     _HANDLERS = (caches, task_backends)
 
+#: How many bytes of a body are read at a time.
+_CHUNK = 65536
+#: The code of what has the request as its local variable `request`, once there is one.
+entries = {DjangoHandler.__call__.__code__}
 #: Set in a server thread's own context to what asgiref keeps on that thread, and on no other: from Python 3.14 on, a
 #: thread may inherit the context of its starter.
 _prepared: ContextVar[ThreadState | None] = ContextVar("wsgi_loop.prepared", default=None)
@@ -61,7 +68,7 @@ class WSGIHandler(DjangoHandler):
             check_threads()
         except RuntimeError as exc:
             raise ImproperlyConfigured(str(exc)) from None
-        self._options = get_options(**options)
+        self._options = process.application_options = get_options(**options)
         super().__init__()
 
     # Django's methods are called by name: super() would cost a request 2,000 instructions more on Python 3.11. The name
@@ -111,6 +118,8 @@ class HTTPScope(RequestScope):
 
     #: The server gets a file wrapper in place of the response.
     serves_file = False
+    #: The request's body, once it was read before the process loop came to it.
+    _body: IO[bytes] | None = None
 
     @property
     def owner(self) -> str:
@@ -118,6 +127,65 @@ class HTTPScope(RequestScope):
 
     def per_thread(self) -> list[Any]:
         return [handler._connections for handler in _HANDLERS]
+
+    def begin_on_process_loop(self) -> None:
+        """Read the request's body, if there is one, as Django does under ASGI.
+
+        To read from a client that is slow to send would hold up the loop, and so all other requests.
+        """
+        environ = self.subject
+        try:
+            length = int(environ.get("CONTENT_LENGTH") or 0)
+        except ValueError:
+            return
+        frame = _entry_frame() if length > 0 and self._body is None else None
+        if frame is None:
+            # The response is being sent, or this is another thread: the request could not be told of what is read.
+            return
+        # There is none yet when a receiver of request_started makes the call.
+        request = frame.f_locals.get("request")
+        source = LimitedStream(environ["wsgi.input"], length) if request is None else request._stream
+        body = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - `close` closes it
+            max_size=settings.FILE_UPLOAD_MAX_MEMORY_SIZE or 1, mode="w+b", dir=settings.FILE_UPLOAD_TEMP_DIR
+        )
+        self._body = cast(IO[bytes], body)
+        stream: Any = body
+        try:
+            while chunk := source.read(_CHUNK):
+                body.write(chunk)
+            length = body.tell()
+            body.seek(0)
+        except OSError as exc:
+            # As it would be for whoever reads it.
+            stream = _Unreadable(exc)
+        environ["wsgi.input"] = stream
+        if request is not None:
+            request._stream = LimitedStream(stream, length)
+
+    def close(self) -> None:
+        super().close()
+        if self._body is not None:
+            self._body.close()
+
+
+class _Unreadable:
+    """Stands in for a body whose client has gone away."""
+
+    def __init__(self, exc: OSError) -> None:
+        self._exc = exc
+
+    def read(self, size: int = -1) -> bytes:
+        raise self._exc
+
+    readline = read
+
+
+def _entry_frame() -> FrameType | None:
+    """Return the frame of the function that makes the request, if this thread is inside it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in entries:
+        frame = frame.f_back
+    return frame
 
 
 def _is_made_by(file_wrapper: Any, iterable: object) -> bool:

@@ -44,6 +44,7 @@ _STAND_INS = (
     "call_soon_threadsafe",
     "create_task",
     "run_in_executor",
+    "set_default_executor",
     "_asyncgen_firstiter_hook",
     "_asyncgen_finalizer_hook",
 )
@@ -557,7 +558,11 @@ class RunningLoop:
         self._stopped = True
         self._request_tasks.clear()
         loop_executors.pop(self.loop, None)
-        self.loop.close()
+        try:
+            self.loop.close()
+        except Exception:
+            # Whoever waits for the end of a broken loop is to be told all the same.
+            logger.exception("%s: its event loop could not be closed", self.owner)
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
         take_off = self.loop.__dict__.pop

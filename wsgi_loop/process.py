@@ -11,19 +11,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from django.db import connections
+from django.db import close_old_connections, connections
 
 from . import forks
 from .bridge.executor import loop_executors
 from .calls import NoLoop
-from .conf import Options
+from .conf import Options, get_options
 from .loops import Door
 from .process_loop import ProcessLoop
 from .resources import kept
-from .threads import SyncThread
+from .threads import SyncThread, SyncThreads
 
 _lock = threading.RLock()
 _loop: ProcessLoop | None = None
+#: Those of the application that this process has made last.
+application_options: Options | None = None
 #: A forked child's parent's: kept, for to collect it would close what the parent uses.
 _inherited: list[ProcessLoop] = []
 _ended = False
@@ -38,6 +40,23 @@ def _after_fork() -> None:
         _loop = None
 
 
+def start() -> None:
+    """Start the process loop, and wait until `LIFESPAN` has been entered.
+
+    For the hook that a server calls in each of its workers, before the worker takes requests. The options are those of
+    the application that was made last in this process, or of the setting. In scope "request", and where the loop runs
+    already, nothing is done.
+
+    Raises what `LIFESPAN` raises; RuntimeError if that takes longer than `STARTUP_TIMEOUT` or a thread can't be
+    started; and ImproperlyConfigured for a setting that is not accepted.
+    """
+    from .scope import door  # which is made of what stands here
+
+    options = application_options or get_options()
+    if options.scope == "process":
+        get_process_loop(lambda: options, door)
+
+
 def get_process_loop(options: Callable[[], Options], door: Door) -> ProcessLoop:
     """Return the loop of this process. The first use starts it with `options`, and waits for its lifespan.
 
@@ -48,21 +67,17 @@ def get_process_loop(options: Callable[[], Options], door: Door) -> ProcessLoop:
     global _loop
     forks.check()
     running = _loop
-    if running is None or _has_failed(running):
+    if running is None or running.has_failed:
         with _lock:
             if _ended:
                 raise NoLoop("The process is about to end")
-            if _loop is None or _has_failed(_loop):
+            if _loop is None or _loop.has_failed:
                 _loop = _start(options(), door)
             running = _loop
     # What the lifespan itself starts can not wait for it, nor can what it runs on other threads.
     if threading.get_ident() != running.thread_id and kept.get() is not running.loop:
-        running.ready.result()
+        running.wait_until_ready()
     return running
-
-
-def _has_failed(running: ProcessLoop) -> bool:
-    return running.ready.done() and running.ready.exception() is not None
 
 
 def _start(options: Options, door: Door) -> ProcessLoop:
@@ -81,7 +96,10 @@ def _start(options: Options, door: Door) -> ProcessLoop:
         options.shutdown_timeout,
         door,
         options.lifespan,
+        options.startup_timeout,
         options.max_background_tasks,
+        options.blocked_after,
+        SyncThreads("wsgi-sync", close_old_connections, connections.close_all),
         release,
     )
     loop_executors[running.loop] = executor

@@ -10,28 +10,36 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import socket
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
-from .bridge.executor import Executor
-from .calls import NoLoop, RequestTask
+from .bridge.executor import Executor, enclosing_executor
+from .calls import NoLoop, RequestTask, name_of
 from .loops import Door, LoopFactory, RunningLoop
-from .resources import AsyncContextFactory, keepers_of
+from .resources import AsyncContextFactory, context_of, keepers_of
+from .threads import SyncThreads, stack_of
+from .watchdog import Watchdog
 
 logger = logging.getLogger("wsgi_loop")
+
+#: Seconds for what is to happen at once, on a busy machine.
+_MOMENT = 1.0
 
 
 class ProcessLoop(RunningLoop):
     """The loop of a whole process, on which many requests are at a time.
 
-    lifespan: makes the async context manager that is open for as long as the loop takes calls. max_background_tasks:
-    how many may be in flight. release: called when no task is left, and its future awaited; or when the loop is given
-    up, and no more.
+    lifespan: makes the async context manager that is open for as long as the loop takes calls. startup_timeout: seconds
+    that it has to be entered. max_background_tasks: how many may be in flight. blocked_after: seconds after which it is
+    logged that the loop stands still. threads: run sync code. release: called when no task is left, and its future
+    awaited; or when the loop is given up, and no more.
     """
 
+    _has_users_executor = False
     remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
 
     def __init__(
@@ -40,18 +48,31 @@ class ProcessLoop(RunningLoop):
         timeout: float,
         door: Door,
         lifespan: AsyncContextFactory | None,
+        startup_timeout: float,
         max_background_tasks: int,
+        blocked_after: float | None,
+        threads: SyncThreads,
         release: Callable[[], Future[Any] | None],
     ) -> None:
         #: Done when calls may come; fails with what the lifespan raised.
         self.ready: Future[None] = Future()
         self._lifespan = lifespan
+        self._startup_timeout = startup_timeout
         self._release_resources = release
+        #: For sync code that may run on any thread. And for looking up host names, which is not to wait for that.
+        self.threads = threads
+        self._lookups = SyncThreads("wsgi-lookup")
         self._max_background_tasks = max_background_tasks
         #: What to call the background tasks in logs: by their futures, and by themselves.
         self._background: dict[Future[Any], str] = {}
         self._descriptions: dict[asyncio.Task[Any], str] = {}
         super().__init__(factory, timeout, "The process loop", door)
+        keepers_of(self.loop).end_with_tasks = False
+        self.watchdog = blocked_after and Watchdog(
+            self.loop, blocked_after, self.post_to_open, lambda: self.thread_id, self._describe_current
+        )
+        self._set_default_executor: Callable[[Any], None] = self.loop.set_default_executor
+        self.loop.__dict__["set_default_executor"] = self._let_default_executor
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
@@ -59,6 +80,40 @@ class ProcessLoop(RunningLoop):
         """Start the loop's thread. Raises RuntimeError if it can not be started."""
         self.post(self._open_soon, context=contextvars.Context())
         super().start()
+        if self.watchdog:
+            self.watchdog.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether another one has to take its place: it could not be started, or has ended."""
+        return self._is_closed or (self.ready.done() and self.ready.exception() is not None)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the lifespan. Raises what that raises, or RuntimeError when it takes too long."""
+        try:
+            self.ready.result(self._startup_timeout + _MOMENT)
+        except TimeoutError:
+            if self.ready.done():
+                raise  # the lifespan's own
+            # Its thread does not come to it.
+            stack = stack_of(self.thread_id)
+            self._fail(RuntimeError(f"{self._too_slow()} It blocks the loop's thread:\n{stack}"))
+            self.close_soon()
+            self.ready.result()
+
+    def _too_slow(self) -> str:
+        return (
+            f"LIFESPAN ({name_of(self._lifespan)}) was not entered within {self._startup_timeout} s (STARTUP_TIMEOUT)."
+        )
+
+    def _fail(self, exc: Exception) -> None:
+        with self._lock:
+            self._accepting = False
+        if self.ready.done():
+            return  # it was given up
+        logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
+        with contextlib.suppress(InvalidStateError):
+            self.ready.set_exception(exc)
 
     def start_background_task(
         self,
@@ -116,6 +171,8 @@ class ProcessLoop(RunningLoop):
             self._settle_future(future, CancelledError(f"{self.owner} was given up"))
         with contextlib.suppress(InvalidStateError):
             self.ready.set_exception(RuntimeError(f"{self.owner} was given up before it was ready"))
+        self.threads.shutdown()
+        self._lookups.shutdown()
         self._release_resources()
 
     def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
@@ -162,6 +219,19 @@ class ProcessLoop(RunningLoop):
             # Also when a signal interrupts the waiting: what is lost then is named.
             self.give_up()
 
+    def _let_default_executor(self, executor: Any) -> None:
+        """Stands in for the loop's own method: from now on, what the user has set runs sync code."""
+        self._has_users_executor = True
+        self._set_default_executor(executor)
+
+    def _run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
+        if executor is None:
+            if function in (socket.getaddrinfo, socket.getnameinfo, getattr(self.loop, "_getaddrinfo_debug", None)):
+                executor = self._lookups
+            elif not self._has_users_executor:
+                executor = self.threads
+        return super()._run_in_executor(executor, function, *args)
+
     # --- on the loop thread --------------------------------------------------------------------------------------
 
     def _open_soon(self) -> None:
@@ -170,13 +240,17 @@ class ProcessLoop(RunningLoop):
     async def _open(self) -> None:
         try:
             if self._lifespan is not None:
-                await keepers_of(self.loop).get("LIFESPAN", self._lifespan)
+                async with asyncio.timeout(self._startup_timeout) as bound:
+                    await keepers_of(self.loop).get("LIFESPAN", self._lifespan)
         except BaseException as exc:
-            logger.error("The process loop could not be started, because its LIFESPAN failed", exc_info=exc)
-            with self._lock:
-                self._accepting = False
-            with contextlib.suppress(InvalidStateError):  # it was given up
-                self.ready.set_exception(exc)
+            failure: Any = exc
+            if bound.expired():
+                failure = RuntimeError(f"{self._too_slow()} Bound what it waits for, or raise STARTUP_TIMEOUT.")
+            elif not isinstance(exc, Exception):
+                # A server would take it for its own end.
+                failure = RuntimeError(f"LIFESPAN ({name_of(self._lifespan)}) was ended by {exc!r}")
+                failure.__cause__ = exc
+            self._fail(failure)
             self._begin_shut_down()
         else:
             with contextlib.suppress(InvalidStateError):
@@ -204,6 +278,23 @@ class ProcessLoop(RunningLoop):
             task.add_done_callback(done)
             task.cancel()
 
+    def _describe_current(self) -> str:
+        """Name the task that runs now, and whose it is. Called on any thread."""
+        task = asyncio.current_task(self.loop)
+        if task is None:
+            return f"{self.owner}: a callback"
+        owner = next((found.owner for found in self._request_tasks.copy() if task in found.running()), None)
+        if owner is None:
+            context = context_of(task)
+            executor = None if context is None else enclosing_executor(context)
+            owner = self.owner if executor is None else executor.owner
+        return f"{owner}: {self._describe(task)}"
+
+    def _close(self) -> None:
+        if self.watchdog:
+            self.watchdog.stop()
+        super()._close()
+
     def _describe(self, task: asyncio.Task[Any]) -> str:
         return self._descriptions.get(task) or super()._describe(task)
 
@@ -230,6 +321,8 @@ class ProcessLoop(RunningLoop):
             await self._settle_tasks()
 
     async def _release(self, deadline: float) -> None:
-        released = self._release_resources()
-        if released is not None:
-            await asyncio.wait_for(asyncio.wrap_future(released), max(deadline - self.loop.time(), 0.001))
+        self.threads.shutdown()
+        self._lookups.shutdown()
+        for ended in (self.threads.ended, self._lookups.ended, self._release_resources()):
+            if ended is not None:
+                await asyncio.wait_for(asyncio.wrap_future(ended), max(deadline - self.loop.time(), 0.001))

@@ -241,13 +241,19 @@ class RequestLoop(RunningLoop):
 
     def _settle(self) -> None:
         """Let what is about to end come to its end."""
-        for _ in range(_ROUNDS):
-            if self._steps:
-                self._take_step()
-            elif self.loop._ready:
-                self._take_round()
-            else:
-                break
+        # A step that an interrupt has left may make nested calls.
+        self.depth += 1
+        self.driver = get_ident()
+        try:
+            for _ in range(_ROUNDS):
+                if self._steps:
+                    self._take_step()
+                elif self.loop._ready:
+                    self._take_round()
+                else:
+                    break
+        finally:
+            self.depth -= 1
 
     def new_task(
         self, coroutine: Coroutine[Any, Any, Any], name: str, context: contextvars.Context, make: Any = asyncio.Task

@@ -108,8 +108,15 @@ class Keeper:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                # By whoever ends the loop. Else something that the resource waited for was cancelled.
-                keepers.closed = True
+                # Else something that the resource waited for was cancelled.
+                if keepers.end_with_tasks:
+                    keepers.closed = True
+                elif not keepers.closed:
+                    logger.error(
+                        "%s was closed, because its task was cancelled. Cancel tasks of your own alone, and not all "
+                        "those of asyncio.all_tasks().",
+                        key,
+                    )
             self.entered.cancel()
             raise
         except BaseException as exc:
@@ -127,6 +134,8 @@ class Keepers:
     """The keepers of one loop, in the order in which they were entered. Used by whoever runs the loop, alone."""
 
     def __init__(self) -> None:
+        #: Whoever cancels them ends the loop. Not so where the loop's end is by `leave`, and many share it.
+        self.end_with_tasks = True
         #: Nothing can be entered any more.
         self.closed = False
         #: And all that was entered has been left.

@@ -17,6 +17,7 @@ import threading
 import warnings
 from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import nullcontext
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -83,6 +84,9 @@ class RequestScope:
     def per_thread(self) -> Iterable[Any]:
         """The `Local`s whose content belongs to a thread, and not to a request."""
         return ()
+
+    def begin_on_process_loop(self) -> None:
+        """Called on the request's thread, before the first loop call on a loop that others wait for too."""
 
     # `start` and `finish` are `run` for the first and the last entry. A request that makes no loop call pays for little
     # else, so they do themselves what `run` does where nothing stands on the thread: some 5,000 instructions less.
@@ -213,7 +217,10 @@ class RequestScope:
             raise NoLoop("The request is over")
         options = self.options
         check_threads()
-        process_loop = get_process_loop(lambda: options, door) if options.scope == "process" else None
+        process_loop = None
+        if options.scope == "process":
+            self.begin_on_process_loop()
+            process_loop = get_process_loop(lambda: options, door)
         with _making_loop:
             if self.calls is None:
                 # asgiref puts the loop itself in this scope's place as soon as it runs sync code on the thread.
@@ -525,7 +532,8 @@ def _wait_on_other_thread(
         hand_on[0] = contextvars.copy_context()
         call = LoopCall(coroutine, named, executor, hand_on[0])
         running.hand_over(call)
-        executor.serve_until(call)
+        with running.threads.waiting() if isinstance(running, ProcessLoop) else nullcontext():
+            executor.serve_until(call)
         return call
     finally:
         CURRENT.reset(token)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 from typing import Any
@@ -59,6 +62,12 @@ def has_started(thread: threading.Thread) -> bool:
     return thread.ident is not None
 
 
+def stack_of(thread_id: int | None) -> str:
+    """Return where a thread is now, as a traceback has it."""
+    frame = sys._current_frames().get(thread_id or 0)
+    return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+
 class SyncThread(Executor):
     """One thread for sync code, started when it is first used. The end of the process does not wait for it.
 
@@ -101,3 +110,130 @@ class SyncThread(Executor):
                     future.set_exception(exc)
             # While it waits for the next one, it is not to hold what this one held.
             del job, future, function
+
+
+class SyncThreads(Executor):
+    """Threads for sync code, started as they are needed, and kept. The end of the process does not wait for them.
+
+    around: called on the thread before and after each call. end: called on a thread that was used, as its last thing.
+
+    At most `MOST` calls run at a time. A call that waits for async code does not count, for what it waits for may need
+    a thread too: however many do so, none of them waits for ever.
+    """
+
+    MOST = 64
+
+    def __init__(
+        self, name: str, around: Callable[[], object] = lambda: None, end: Callable[[], object] = lambda: None
+    ) -> None:
+        self._name = name
+        self._around = around
+        self._end = end
+        #: Re-entrant, for finalizers.
+        self._changed = threading.Condition()
+        self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._threads: set[int | None] = set()
+        self._starting = 0
+        self._idle = 0
+        self._waiting = 0
+        self._is_over = False
+        #: Done when no thread is left, after `shutdown`.
+        self.ended: Future[None] = Future()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        job = (future, functools.partial(function, *args, **kwargs))
+        with self._changed:
+            if self._is_over:
+                raise RuntimeError("The process loop has ended, and runs no sync code any more")
+            self._jobs.append(job)
+            try:
+                self._see_to_jobs()
+            except RuntimeError:
+                if not self._threads and not self._starting:
+                    self._jobs.remove(job)
+                    raise
+        return future
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Called by a thread that waits for async code. Does nothing on a thread that is none of these."""
+        if threading.get_ident() not in self._threads:
+            yield
+            return
+        with self._changed:
+            self._waiting += 1
+            with contextlib.suppress(RuntimeError):  # no more threads can be had
+                self._see_to_jobs()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and let the threads end with those that they have. Waits for nothing."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+            self._see_to_end()
+
+    def _see_to_jobs(self) -> None:
+        if self._idle >= len(self._jobs):
+            self._changed.notify()
+        elif self._jobs and len(self._threads) + self._starting - self._waiting < self.MOST:
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._starting += 1
+            try:
+                contextvars.Context().run(thread.start)
+            except BaseException:
+                self._starting -= 1
+                raise
+
+    def _see_to_end(self) -> None:
+        if self._is_over and not self._threads and not self._starting and not self.ended.done():
+            self.ended.set_result(None)
+
+    def _work(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._starting -= 1
+            self._threads.add(me)
+        try:
+            while (job := self._next_job()) is not None:
+                self._run(*job)
+                # While it waits for the next one, it is not to hold what this one held.
+                del job
+            self._end()
+        finally:
+            with self._changed:
+                self._threads.discard(me)
+                self._see_to_end()
+
+    def _next_job(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        with self._changed:
+            while not self._jobs:
+                if self._is_over:
+                    return None
+                self._idle += 1
+                try:
+                    self._changed.wait()
+                finally:
+                    self._idle -= 1
+            return self._jobs.popleft()
+
+    def _run(self, future: Future[Any], function: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._around()
+            try:
+                result = function()
+            finally:
+                self._around()
+        except BaseException as exc:
+            future.set_exception(exc)
+            # Its traceback leads here.
+            del future, function
+        else:
+            future.set_result(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -91,4 +92,30 @@ def test_the_orm_works_in_background_tasks_and_no_connection_is_left(
     connections[database].close()
     # Those of the tasks, and that of the request.
     assert max(most) == TASKS + 1
+    eventually(lambda: count_postgres_connections(postgres_server, NAME) == 0, 30)
+
+
+@pytest.mark.parametrize("how", ["to_thread", "thread_sensitive=False"])
+def test_a_database_that_comes_back_is_there_for_other_threads_as_well(
+    how: str, database: str, postgres_server: psycopg.Connection[Any]
+) -> None:
+    def query() -> int:
+        return ContentType.objects.using(database).count()
+
+    async def view(request: Any) -> HttpResponse:
+        call = asyncio.to_thread(query) if how == "to_thread" else sync_to_async(query, thread_sensitive=False)()
+        return HttpResponse(str(await call))
+
+    process.shut_down()
+    with serve(view, scope="process") as server:
+        assert server.get() == b"0"
+        terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s"
+        assert postgres_server.execute(terminate, [NAME]).rowcount == 1
+        eventually(lambda: count_postgres_connections(postgres_server, NAME) == 0, 30)
+        # The connection is a persistent one, so the first who uses it finds out, as with Django on a server thread.
+        server.get()
+        assert server.status == "500 Internal Server Error"
+        for _ in range(8):
+            assert server.get() == b"0"
+    process.shut_down()
     eventually(lambda: count_postgres_connections(postgres_server, NAME) == 0, 30)

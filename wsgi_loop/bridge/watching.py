@@ -42,15 +42,17 @@ class WatchedCall:
     depth = 0
     request: int | None = None
     path: str | None = None
+    #: Held, so that `request`, its identity, is no other one's.
+    environ: dict[str, Any] | None = None
 
     def __init__(self, target: Any, parent: WatchedCall | None, frame: FrameType | None) -> None:
         self.name = name_of(target)
         self.location, environ = _look_around(frame, target)
         if parent is not None:
-            self.depth, self.request, self.path = parent.depth + 1, parent.request, parent.path
+            self.depth, self.path = parent.depth + 1, parent.path
+            self.environ, self.request = parent.environ, parent.request
         if environ is not None:
-            # A dict can not be referred to weakly.
-            self.request, _ = environs.setdefault(id(environ), (next(_numbers), environ))
+            self.environ, self.request = environ, id(environ)
             self.path = environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"]
             with contextlib.suppress(UnicodeError):  # Django has decoded it, once it has made its request
                 self.path = self.path.encode("latin-1").decode()
@@ -88,14 +90,13 @@ class _WatchedContext:
 
 # Re-entrant, as a finalizer may make a loop call.
 _watching = threading.RLock()
-watchers: tuple[list[WatchedCall], ...] = ()
+#: A list for calls, and the environ of the request whose calls it takes: of all if that is None.
+watchers: tuple[tuple[list[WatchedCall], dict[str, Any] | None], ...] = ()
 #: The code of the coroutine that takes a step of an async body by way of asgiref. Its argument is `iterator`.
 STEP: CodeType | None = None
 _unwrapped: list[tuple[str, Any, Any]] = []
 _numbers = itertools.count(1)
 _numbered: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-#: The requests that were met, by their environ's id, which is held here so that it stays the only one with it.
-environs: dict[int, tuple[int, dict[str, Any]]] = {}
 _by_executor: weakref.WeakKeyDictionary[CurrentThreadExecutor, WatchedCall] = weakref.WeakKeyDictionary()
 #: `calls`: those that the thread is in, None for one that has not been handed over yet.
 _here = threading.local()
@@ -118,21 +119,23 @@ def _number_of(found: Any) -> int:
 
 
 @contextlib.contextmanager
-def watch_calls() -> Iterator[list[WatchedCall]]:
-    """Give a list to which all loop calls of the process are added as they start, until the end of the block."""
+def watch_calls(environ: dict[str, Any] | None = None) -> Iterator[list[WatchedCall]]:
+    """Give a list to which the loop calls of the process are added as they start, until the end of the block.
+
+    environ: that of the request whose calls are wanted, where not all are.
+    """
     global watchers
     calls: list[WatchedCall] = []
     with _watching:
-        watchers = (*watchers, calls)
+        watchers = (*watchers, (calls, environ))
         if not _unwrapped:
             _wrap()
     try:
         yield calls
     finally:
         with _watching:
-            watchers = tuple(watcher for watcher in watchers if watcher is not calls)
+            watchers = tuple(watcher for watcher in watchers if watcher[0] is not calls)
             if not watchers:
-                environs.clear()
                 _unwrap()
 
 
@@ -192,8 +195,9 @@ def _watch(called: AsyncToSync[Any, Any], awaitable: Any, frame: FrameType | Non
             parent = found if found is not None and found.end is None else None
         watched = WatchedCall(target, parent, frame)
         _by_executor[current] = watched
-        for watcher in watchers:
-            watcher.append(watched)
+        for watcher, environ in watchers:
+            if environ is None or watched.environ is environ:
+                watcher.append(watched)
     if calls and calls[-1] is None:
         calls[-1] = watched
     return watched

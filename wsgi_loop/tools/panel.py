@@ -26,7 +26,7 @@ from ..bridge.storage import scope_here
 from ..bridge.watching import WatchedCall, watch_calls
 from ..responses import call_after_close
 from .recording import Numbers
-from .report import own_calls, own_left_over_tasks
+from .report import own_left_over_tasks
 
 ROW = 30
 LANE = 16
@@ -74,7 +74,7 @@ class LoopPanel(Panel):
             return
         # To be collected ends it too, for a response that nobody closes.
         self._recording = contextlib.ExitStack()
-        self._watched = self._recording.enter_context(watch_calls())
+        self._watched = self._recording.enter_context(watch_calls(self.toolbar.request.META))
         self._start = time.perf_counter()
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop()
@@ -92,40 +92,39 @@ class LoopPanel(Panel):
             return
         if self._around is not None:
             self._around.leave()
-        self._record(request, None)
-        call_after_close(response, lambda: self._finish(request))
+        self._record(None)
+        call_after_close(response, self._finish)
 
-    def _finish(self, request: HttpRequest) -> None:
+    def _finish(self) -> None:
         if self._watched is None:
             return
         left_over = None
         if scope_here() is not None:
             # With its calls recorded before this one, which is not the request's own.
-            self._record(request, None)
-            calls = self._calls(request)
+            self._record(None)
+            calls = self._calls()
             left_over = own_left_over_tasks() if any(call.served for call in calls) else []
-            self._record(request, left_over, calls)
+            self._record(left_over, calls)
         else:
-            self._record(request, None, closed=True)
+            self._record(None, closed=True)
         self._end()
 
     def _end(self) -> None:
         self._recording.close()
         self._watched = None
 
-    def _calls(self, request: HttpRequest) -> list[WatchedCall]:
+    def _calls(self) -> list[WatchedCall]:
         assert self._watched is not None
         around = [] if self._around is None else [self._around]
-        return around + own_calls(self._watched, request.META)
+        return around + self._watched
 
     def _record(
         self,
-        request: HttpRequest,
         left_over: list[str] | None,
         calls: Sequence[WatchedCall] | None = None,
         closed: bool = False,
     ) -> None:
-        stats = describe(self._calls(request) if calls is None else calls, self._start, self._around)
+        stats = describe(self._calls() if calls is None else calls, self._start, self._around)
         stats |= {"left_over": left_over, "closed": closed or left_over is not None}
         self.record_stats(stats)  # type: ignore[no-untyped-call]
 

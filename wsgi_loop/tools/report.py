@@ -31,7 +31,6 @@ from django.core.signals import got_request_exception
 from django.db import connections
 from django.http.response import HttpResponseBase
 
-from ..bridge import watching
 from ..bridge.executor import current_executor
 from ..bridge.storage import scope_here
 from ..bridge.watching import WatchedCall, watch_calls
@@ -48,9 +47,8 @@ LOGGERS = ("django.request", "wsgi_loop", "asyncio")
 
 
 def own_calls(watched: list[WatchedCall], environ: dict[str, Any]) -> list[WatchedCall]:
-    """Return those of the watched calls that the request with this environ made. Called while it is watched."""
-    number, _ = watching.environs.get(id(environ), (None, None))
-    return [call for call in watched.copy() if number is not None and call.request == number]
+    """Return those of the watched calls that the request with this environ made."""
+    return [call for call in watched.copy() if call.environ is environ]
 
 
 def left_over_tasks(loop: asyncio.AbstractEventLoop, known: Sequence[asyncio.Task[Any] | None] = ()) -> list[str]:

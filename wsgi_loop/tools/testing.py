@@ -22,7 +22,7 @@ from django.test import client, testcases
 from ..bridge.storage import threadlocal
 from ..calls import END
 from ..conf import Options, get_options
-from ..handler import HTTPScope, WSGIHandler, prepare
+from ..handler import HTTPScope, WSGIHandler, entries, prepare
 from ..responses import ScopedIterator, serve_in
 from ..scope import RequestCalls
 from .recording import LoopCallRecord, LoopCalls, record_loop_calls
@@ -135,6 +135,9 @@ class ClientHandlerMixin:
             # Tests read its streaming_content, where a server iterates over the response.
             response._iterator = _closing(ScopedIterator(scope, response._iterator), scope)
         return response
+
+
+entries.add(ClientHandlerMixin._respond.__code__)
 
 
 class ClientHandler(ClientHandlerMixin, client.ClientHandler):
