@@ -67,6 +67,8 @@ def get_process_loop(options: Callable[[], Options], door: Door) -> ProcessLoop:
     global _loop
     forks.check()
     running = _loop
+    if running is not None and running.is_open:
+        return running
     if running is None or running.has_failed:
         with _lock:
             if _ended:
