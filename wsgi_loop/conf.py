@@ -47,6 +47,8 @@ class Options:
     startup_timeout: float
     max_background_tasks: int
     blocked_after: float | None
+    #: For tests: where the background tasks go that async code of a request starts, who runs them inside the request.
+    inline_tasks: list[asyncio.Task[Any]] | None = None
 
 
 def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> Options:
