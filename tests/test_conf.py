@@ -13,7 +13,7 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
-from wsgi_loop import WSGIHandler, get_wsgi_application, process
+from wsgi_loop import EventLoopContext, WSGIHandler, get_wsgi_application, process
 from wsgi_loop.conf import get_options
 
 from .support import call_here, serve
@@ -95,6 +95,16 @@ def test_a_wrong_setting_is_refused_at_start_up_and_by_the_system_check(
 def test_a_right_setting_passes_the_system_check(settings: Any) -> None:
     settings.WSGI_LOOP = {"SCOPE": "request", "LOOP_FACTORY": None, "SHUTDOWN_TIMEOUT": 0}
     assert [message for message in run_checks() if (message.id or "").startswith("wsgi_loop.")] == []
+
+
+def test_an_option_is_blamed_where_it_was_given(settings: Any) -> None:
+    settings.WSGI_LOOP = {"SHUTDOWN_TIMEOUT": -1}
+    with pytest.raises(ImproperlyConfigured, match=r"^EventLoopContext\(scope=…\) is 'worker'\. Accepted"):
+        EventLoopContext(scope="worker")
+    with pytest.raises(ImproperlyConfigured, match=r"^get_wsgi_application\(lifespan=…\) is 3\."):
+        get_wsgi_application(scope="process", lifespan=3, shutdown_timeout=1)
+    with pytest.raises(ImproperlyConfigured, match=r"^WSGI_LOOP\['SHUTDOWN_TIMEOUT'\] is -1\."):
+        EventLoopContext(scope="request")
 
 
 def test_the_setting_is_optional(settings: Any) -> None:
