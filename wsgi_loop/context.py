@@ -32,7 +32,15 @@ class EventLoopContext(contextlib.ContextDecorator):
     Raises ImproperlyConfigured, when it is made, for an option that is not accepted.
     """
 
-    def __init__(self, **options: Any) -> None:
+    # What is accepted by position is only there to be refused.
+    __signature__ = inspect.Signature([inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if args:
+            raise TypeError(
+                f"EventLoopContext() takes its options by name, not {args[0]!r}. As a decorator it is written with "
+                "parentheses: @EventLoopContext()."
+            )
         check_threads()
         self._options = get_options("EventLoopContext()", **options)
         #: On each thread, what has been entered and not been left.

@@ -51,7 +51,13 @@ def check_setting(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
     try:
         get_options()
     except ImproperlyConfigured as exc:
-        return [Error(str(exc), hint="See the README of wsgi-loop for the setting's keys.", id="wsgi_loop.E001")]
+        return [
+            Error(
+                str(exc),
+                hint="The page docs/reference/settings.md of wsgi-loop describes each key.",
+                id="wsgi_loop.E001",
+            )
+        ]
     return []
 
 
