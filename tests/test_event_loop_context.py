@@ -272,8 +272,8 @@ def test_a_decorated_function_may_run_on_many_threads_at_once(scope: str) -> Non
     ("options", "message"),
     [
         ({"scop": "process"}, r"EventLoopContext\(\) has an unknown key, 'SCOP' \(its value is 'process'\)"),
-        ({"scope": "worker"}, r"WSGI_LOOP\['SCOPE'\] is 'worker'. Accepted: 'request' or 'process'"),
-        ({"lifespan": contextvars.Context}, r"WSGI_LOOP\['LIFESPAN'\] is .*None in scope 'request'"),
+        ({"scope": "worker"}, r"EventLoopContext\(scope=…\) is 'worker'. Accepted: 'request' or 'process'"),
+        ({"lifespan": contextvars.Context}, r"EventLoopContext\(lifespan=…\) is .*None in scope 'request'"),
     ],
 )
 def test_a_wrong_option_is_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:
