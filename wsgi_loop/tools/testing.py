@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync
 from django.contrib.staticfiles import testing as staticfiles_testing
-from django.core.cache import caches
 from django.core.handlers.wsgi import WSGIRequest
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
@@ -28,7 +27,7 @@ from django.test import client, testcases
 from .. import background, process
 from ..calls import END
 from ..conf import Options, get_options
-from ..handler import HTTPScope, WSGIHandler, _kept_connections, _prepare_thread, entries
+from ..handler import HTTPScope, WSGIHandler, _prepare_thread, entries
 from ..responses import ScopedIterator, serve_in
 from ..scope import RequestCalls
 from .recording import LoopCallRecord, LoopCalls, record_loop_calls
@@ -135,6 +134,14 @@ def wait_for_background_tasks(timeout: float = 30) -> None:
             raise TimeoutError(f"After {timeout} s these were still running: {', '.join(sorted(tasks.values()))}")
 
 
+def _bytes(steps: Iterator[Any], response: weakref.ref[Any]) -> Iterator[Any]:
+    """Make what a lazy string is, such as a translation, inside the request."""
+    for chunk in steps:
+        found = response()
+        yield chunk if found is None else found.make_bytes(chunk)
+        del found
+
+
 def _closing(steps: Iterator[Any], scope: _ClientScope) -> Generator[Any, None, None]:
     try:
         yield from steps
@@ -155,8 +162,8 @@ class ClientHandlerMixin:
             self.load_middleware()
         if self._options is None:
             self._options = get_options()
-        if _kept_connections.get(None) is not caches._connections:  # type: ignore[attr-defined]
-            _prepare_thread()
+        # In each request, as tests change CACHES and TASKS, and with that what is to be kept.
+        _prepare_thread()
         scope = _ClientScope()
         # What its async code starts is to be found in its options, from wherever that runs.
         scope.options = dataclasses.replace(self._options, inline_tasks=[])
@@ -184,7 +191,8 @@ class ClientHandlerMixin:
         scope.response = weakref.ref(response)
         if response.streaming and not response.is_async:
             # Tests read its streaming_content, where a server iterates over the response.
-            response._iterator = _closing(ScopedIterator(scope, response._iterator), scope)
+            steps = ScopedIterator(scope, _bytes(response._iterator, scope.response))
+            response._iterator = _closing(steps, scope)
         return response
 
 
