@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
 from wsgi_loop import EventLoopContext, WSGIHandler, get_wsgi_application, process
-from wsgi_loop.conf import get_options
+from wsgi_loop.conf import DEFAULTS, GivenOptions, get_options
 
 from .support import call_here, serve
 
@@ -163,3 +166,21 @@ def test_manage_py_check_tells_it() -> None:
     assert result.returncode == 1
     assert "wsgi_loop.E001" in result.stderr
     assert "'galaxy'" in result.stderr
+
+
+def test_types_know_the_options(tmp_path: Path) -> None:
+    assert {key.upper() for key in GivenOptions.__annotations__} == set(DEFAULTS)
+    (tmp_path / "options.py").write_text(
+        "from wsgi_loop import EventLoopContext, WSGIHandler, get_wsgi_application\n"
+        "get_wsgi_application(scope='process', lifespan='mysite.lifespan', blocked_after=None)\n"
+        "get_wsgi_application(scpe='process')\n"
+        "WSGIHandler(scope='worker')\n"
+        "EventLoopContext(shutdown_timeout='5')\n"
+        "EventLoopContext(3)\n"
+    )
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini"), str(tmp_path / "options.py")]
+    if find_spec("mypy") is None:
+        pytest.skip("the extra `lint` is not installed")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert re.findall(r"options\.py:(\d+): error", done.stdout) == ["3", "4", "5", "6"], done.stdout

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -28,6 +28,18 @@ DEFAULTS: dict[str, Any] = {
     "BLOCKED_AFTER": 1.0,
 }
 ACCEPTED = {"SCOPE": ("request", "process")}
+
+
+class GivenOptions(TypedDict, total=False):
+    """What can be given to a call. Capital letters, as in the setting, are accepted too."""
+
+    scope: Literal["request", "process"]
+    loop_factory: str | LoopFactory | None
+    shutdown_timeout: float
+    lifespan: str | AsyncContextFactory | None
+    startup_timeout: float
+    max_background_tasks: int
+    blocked_after: float | None
 
 
 @dataclass(frozen=True, slots=True)
