@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
-from wsgi_loop import WSGIHandler, get_wsgi_application, process
-from wsgi_loop.conf import get_options
+from wsgi_loop import EventLoopContext, WSGIHandler, get_wsgi_application, process
+from wsgi_loop.conf import DEFAULTS, GivenOptions, get_options
 
 from .support import call_here, serve
 
@@ -100,6 +102,16 @@ def test_a_right_setting_passes_the_system_check(settings: Any) -> None:
     assert [message for message in run_checks() if (message.id or "").startswith("wsgi_loop.")] == []
 
 
+def test_an_option_is_blamed_where_it_was_given(settings: Any) -> None:
+    settings.WSGI_LOOP = {"SHUTDOWN_TIMEOUT": -1}
+    with pytest.raises(ImproperlyConfigured, match=r"^EventLoopContext\(scope=…\) is 'worker'\. Accepted"):
+        EventLoopContext(scope="worker")
+    with pytest.raises(ImproperlyConfigured, match=r"^get_wsgi_application\(lifespan=…\) is 3\."):
+        get_wsgi_application(scope="process", lifespan=3, shutdown_timeout=1)
+    with pytest.raises(ImproperlyConfigured, match=r"^WSGI_LOOP\['SHUTDOWN_TIMEOUT'\] is -1\."):
+        EventLoopContext(scope="request")
+
+
 def test_the_setting_is_optional(settings: Any) -> None:
     assert get_options().shutdown_timeout == 5.0
 
@@ -156,3 +168,21 @@ def test_manage_py_check_tells_it() -> None:
     assert result.returncode == 1
     assert "wsgi_loop.E001" in result.stderr
     assert "'galaxy'" in result.stderr
+
+
+def test_types_know_the_options(tmp_path: Path) -> None:
+    assert {key.upper() for key in GivenOptions.__annotations__} == set(DEFAULTS)
+    (tmp_path / "options.py").write_text(
+        "from wsgi_loop import EventLoopContext, WSGIHandler, get_wsgi_application\n"
+        "get_wsgi_application(scope='process', lifespan='mysite.lifespan', blocked_after=None)\n"
+        "get_wsgi_application(scpe='process')\n"
+        "WSGIHandler(scope='worker')\n"
+        "EventLoopContext(shutdown_timeout='5')\n"
+        "EventLoopContext(3)\n"
+    )
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini"), str(tmp_path / "options.py")]
+    if find_spec("mypy") is None:
+        pytest.skip("the extra `lint` is not installed")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert re.findall(r"options\.py:(\d+): error", done.stdout) == ["3", "4", "5", "6"], done.stdout

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -280,6 +282,7 @@ def test_every_block_is_used_here() -> None:
             "mysite/uwsgi_started.py",
             "mysite/started.py",
         },
+        "howto/metrics.md": {"mysite/metrics.py", "mysite/telemetry.py"},
         "howto/scaling.md": {"mysite/pgbouncer.py", "mysite/settings.py"},
         # See test_troubleshooting.
         "howto/locks.md": {"mysite/limits.py"},
@@ -457,6 +460,50 @@ def test_a_celery_task_and_a_command(mysite: Site, api: API, capsys: pytest.Capt
     call_command(mysite.module("management.commands.fetch").Command(), "/quote", "/rates")
     assert capsys.readouterr().out == f"{ANSWERS['/quote']}\n{ANSWERS['/rates']}\n"
     assert [client.is_closed for client in made] == [True, True]
+
+
+def test_metrics_for_prometheus() -> None:
+    from prometheus_client import REGISTRY, generate_latest
+
+    collector = run_block(blocks("howto/metrics.md")["mysite/metrics.py"])["LoopCollector"]
+    try:
+        with EventLoopContext(scope="request"):
+            async_to_sync(asyncio.sleep)(0)
+        page = generate_latest().decode()
+    finally:
+        for registered in [found for found in REGISTRY._names_to_collectors.values() if type(found) is collector]:
+            with contextlib.suppress(KeyError):
+                REGISTRY.unregister(registered)
+    told = dict(re.findall(r"^wsgi_loop_(\w+) ([\d.]+)$", page, re.MULTILINE))
+    assert float(told["loops_made_total"]) == wsgi_loop.stats().loops_made > 0
+    # And those of the page's table of what to look at, by their names.
+    looked_at = re.findall(r"^\| `(\w+)` \|", text("howto/metrics.md"), re.MULTILINE)
+    assert looked_at
+    assert {name for name in looked_at if name not in told and f"{name}_total" not in told} == set()
+    assert len(told) == len(dataclasses.fields(wsgi_loop.stats()))
+
+
+def test_metrics_for_opentelemetry() -> None:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    run_block(blocks("howto/metrics.md")["mysite/telemetry.py"])["observe"](provider.get_meter("test"))
+    data: Any = reader.get_metrics_data()
+    told = {
+        metric.name: metric.data.data_points[0].value
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+    provider.shutdown()
+    assert told == {f"wsgi_loop.{name}": value for name, value in dataclasses.asdict(wsgi_loop.stats()).items()}
+
+
+def test_each_number_is_in_the_reference() -> None:
+    page = text("reference/api.md")
+    assert [name for name in dataclasses.asdict(wsgi_loop.stats()) if f"`{name}`" not in page] == []
 
 
 @SCOPES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpResponse
 
-from wsgi_loop import EventLoopContext, process
+from wsgi_loop import EventLoopContext, PerLoop, process
 
 from .support import Place, call_here, call_here_nested, eventually, here, in_child, in_thread, serve
 
@@ -271,8 +272,8 @@ def test_a_decorated_function_may_run_on_many_threads_at_once(scope: str) -> Non
     ("options", "message"),
     [
         ({"scop": "process"}, r"EventLoopContext\(\) has an unknown key, 'SCOP' \(its value is 'process'\)"),
-        ({"scope": "worker"}, r"WSGI_LOOP\['SCOPE'\] is 'worker'. Accepted: 'request' or 'process'"),
-        ({"lifespan": contextvars.Context}, r"WSGI_LOOP\['LIFESPAN'\] is .*None in scope 'request'"),
+        ({"scope": "worker"}, r"EventLoopContext\(scope=…\) is 'worker'. Accepted: 'request' or 'process'"),
+        ({"lifespan": contextvars.Context}, r"EventLoopContext\(lifespan=…\) is .*None in scope 'request'"),
     ],
 )
 def test_a_wrong_option_is_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:
@@ -387,3 +388,24 @@ def test_a_closed_loop_that_asgiref_has_left_on_the_thread_is_not_joined(scope: 
 
     first, second = in_thread(before_and_inside)
     assert first == second
+
+
+def test_a_decorator_without_parentheses_is_told_of_them() -> None:
+    with pytest.raises(TypeError, match=r"written with parentheses: @EventLoopContext\(\)\."):
+
+        @EventLoopContext
+        def function() -> None: ...
+
+
+def test_a_resource_that_is_not_called_is_told_so() -> None:
+    client: Any = PerLoop(threading.Lock)  # type: ignore[arg-type]
+
+    async def await_it() -> None:
+        await client
+
+    with pytest.raises(TypeError, match=r"await client\(\), not await client"):
+        asyncio.run(await_it())
+    with pytest.raises(AttributeError, match=r"no attribute 'get'\. It is called .* \(await client\(\)\)\.get"):
+        client.get("https://example.com")
+    assert not hasattr(client, "__wrapped__")
+    assert copy.copy(client)._factory is client._factory

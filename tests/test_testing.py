@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -27,6 +28,8 @@ from django.core.cache import caches
 from django.core.signals import request_finished
 from django.db import close_old_connections, connection
 from django.http import FileResponse, HttpResponse, HttpResponseRedirect, StreamingHttpResponse
+from django.utils import translation
+from django.utils.translation import gettext_lazy
 
 from wsgi_loop import EventLoopContext, testing
 from wsgi_loop.responses import call_after_close
@@ -897,3 +900,47 @@ def test_nothing():
     assert not [name for name in sys.modules if name.partition(".")[0] in ("django", "asgiref")]
 """)
     assert "1 passed" in run_pytest(tmp_path, "-p", "no:django", "-o", "wsgi_loop_serve=true")
+
+
+@pytest.mark.parametrize("read", ["getvalue", "streaming_content", "iteration"])
+def test_lazy_strings_of_a_stream_are_those_of_the_request(read: str) -> None:
+    def in_german(get_response: Any) -> Any:
+        def middleware(request: Any) -> Any:
+            with translation.override("de"):
+                translation.activate("de")
+                response = get_response(request)
+            translation.activate("de")
+            return response
+
+        return middleware
+
+    def view(request: Any) -> StreamingHttpResponse:
+        return StreamingHttpResponse([gettext_lazy("Yes"), "/", gettext_lazy("No")])
+
+    with serve(view, middleware=[in_german], USE_I18N=True):
+        response = Client().get("/")
+        assert translation.get_language() != "de"
+        if read == "getvalue":
+            assert response.getvalue() == b"Ja/Nein"
+        else:
+            assert b"".join(response.streaming_content if read == "streaming_content" else response) == b"Ja/Nein"
+    assert response.closed
+
+
+if find_spec("django.tasks"):
+    from django.tasks import default_task_backend, task
+
+    @task
+    def enqueued() -> None: ...
+
+
+@pytest.mark.skipif(find_spec("django.tasks") is None, reason="django.tasks comes with Django 6.0")
+def test_a_backend_of_tasks_that_a_test_sets_is_the_one_that_a_view_uses() -> None:
+    def view(request: Any) -> HttpResponse:
+        enqueued.enqueue()
+        return HttpResponse()
+
+    for _ in range(2):
+        with serve(view, TASKS={"default": {"BACKEND": "django.tasks.backends.dummy.DummyBackend"}}):
+            Client().get("/")
+            assert len(default_task_backend.results) == 1  # type: ignore[attr-defined]

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .background import create_background_task
     from .context import EventLoopContext
+    from .counters import stats
     from .handler import WSGIHandler, get_wsgi_application
     from .resources import PerLoop
 
-__all__ = ["EventLoopContext", "PerLoop", "WSGIHandler", "create_background_task", "get_wsgi_application"]
+__all__ = ["EventLoopContext", "PerLoop", "WSGIHandler", "create_background_task", "get_wsgi_application", "stats"]
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -18,6 +19,7 @@ _MODULES = {
     "WSGIHandler": "handler",
     "create_background_task": "background",
     "get_wsgi_application": "handler",
+    "stats": "counters",
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from asgiref.sync import async_to_sync
 from django.core.cache.backends.base import BaseCache
 from django.db import connections
 
@@ -19,6 +20,9 @@ from .scope import door
 from .threads import SyncThread
 
 T = TypeVar("T")
+
+#: For tests: how many want background tasks to be run where they are started.
+inline = 0
 
 
 def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = None) -> Future[T]:
@@ -40,8 +44,11 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
         raise TypeError(f"create_background_task() takes a coroutine, what calling an async def returns, not {coro!r}.")
     name = name or str(getattr(coro, "__qualname__", coro))
     description = f"background task {name}"
-    get: Callable[[], Options] = get_options
     request = scope_here() or current_executor()
+    inline_tasks = None if request is None else request.options.inline_tasks
+    if inline or inline_tasks is not None:
+        return _run_inline(coro, name, inline_tasks)
+    get: Callable[[], Options] = get_options
     if request is not None:
         options = request.options
         get = lambda: options  # noqa: E731
@@ -56,6 +63,32 @@ def create_background_task(coro: Coroutine[Any, Any, T], *, name: str | None = N
     except BaseException:
         coro.close()
         raise
+
+
+def _run_inline(coro: Coroutine[Any, Any, T], name: str, tasks: list[asyncio.Task[Any]] | None) -> Future[T]:
+    """Run it on this thread, in its connection and its transaction: at once, or as one of `tasks` in async code."""
+    future: Future[T] = Future()
+
+    async def run() -> None:
+        try:
+            future.set_result(await coro)
+        except BaseException as exc:
+            future.set_exception(exc)
+            raise
+
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        async_to_sync(run)()
+        return future
+    if tasks is None:
+        coro.close()
+        raise RuntimeError(
+            f"background task {name}: is to be run inline, and was started by async code of no request of "
+            "wsgi_loop.testing.Client. Start it in sync code, or leave inline_background_tasks() out."
+        )
+    tasks.append(loop.create_task(run(), name=f"background task {name}"))
+    return future
 
 
 def _is_connection(value: object) -> bool:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -30,6 +30,18 @@ DEFAULTS: dict[str, Any] = {
 ACCEPTED = {"SCOPE": ("request", "process")}
 
 
+class GivenOptions(TypedDict, total=False):
+    """What can be given to a call. Capital letters, as in the setting, are accepted too."""
+
+    scope: Literal["request", "process"]
+    loop_factory: str | LoopFactory | None
+    shutdown_timeout: float
+    lifespan: str | AsyncContextFactory | None
+    startup_timeout: float
+    max_background_tasks: int
+    blocked_after: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How requests get their event loops.
@@ -47,6 +59,8 @@ class Options:
     startup_timeout: float
     max_background_tasks: int
     blocked_after: float | None
+    #: For tests: where the background tasks go that async code of a request starts, who runs them inside the request.
+    inline_tasks: list[asyncio.Task[Any]] | None = None
 
 
 def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> Options:
@@ -61,30 +75,34 @@ def get_options(source: str = "get_wsgi_application()", /, **overrides: Any) -> 
         raise ImproperlyConfigured(f"WSGI_LOOP is {configured!r}. It has to be a dict, such as {DEFAULTS!r}.")
     given = _known(source, overrides, upper=True)
     values = DEFAULTS | _known("WSGI_LOOP", configured) | given
+    #: What to call each in an error.
+    names = {key: f"{source[:-1]}{key.lower()}=…)" if key in given else f"WSGI_LOOP[{key!r}]" for key in DEFAULTS}
     # What is configured is for the scope that is configured.
     if given.get("SCOPE") == "request" and "LIFESPAN" not in given:
         values["LIFESPAN"] = None
     for key, accepted in ACCEPTED.items():
         if values[key] not in accepted:
-            raise _invalid(key, values[key], " or ".join(map(repr, accepted)))
+            raise _invalid(names[key], values[key], " or ".join(map(repr, accepted)))
     if not _is_number(values["SHUTDOWN_TIMEOUT"]):
-        raise _invalid("SHUTDOWN_TIMEOUT", values["SHUTDOWN_TIMEOUT"], "a number of seconds, 0 or more")
+        raise _invalid(names["SHUTDOWN_TIMEOUT"], values["SHUTDOWN_TIMEOUT"], "a number of seconds, 0 or more")
     if not _is_number(values["STARTUP_TIMEOUT"]) or values["STARTUP_TIMEOUT"] == 0:
-        raise _invalid("STARTUP_TIMEOUT", values["STARTUP_TIMEOUT"], "a number of seconds, more than 0")
+        raise _invalid(names["STARTUP_TIMEOUT"], values["STARTUP_TIMEOUT"], "a number of seconds, more than 0")
     most = values["MAX_BACKGROUND_TASKS"]
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise _invalid("MAX_BACKGROUND_TASKS", most, "a whole number, 1 or more")
+        raise _invalid(names["MAX_BACKGROUND_TASKS"], most, "a whole number, 1 or more")
     blocked_after = values["BLOCKED_AFTER"]
     if blocked_after is not None and (not _is_number(blocked_after) or blocked_after == 0):
-        raise _invalid("BLOCKED_AFTER", blocked_after, "a number of seconds, more than 0, or None")
+        raise _invalid(names["BLOCKED_AFTER"], blocked_after, "a number of seconds, more than 0, or None")
     lifespan = values["LIFESPAN"]
     if lifespan is not None and values["SCOPE"] != "process":
-        raise _invalid("LIFESPAN", lifespan, "None in scope 'request', which has no process loop to hold it open")
+        raise _invalid(
+            names["LIFESPAN"], lifespan, "None in scope 'request', which has no process loop to hold it open"
+        )
     return Options(
         scope=values["SCOPE"],
-        loop_factory=_loop_factory(values["LOOP_FACTORY"]),
+        loop_factory=_loop_factory(names["LOOP_FACTORY"], values["LOOP_FACTORY"]),
         shutdown_timeout=float(values["SHUTDOWN_TIMEOUT"]),
-        lifespan=_lifespan(lifespan),
+        lifespan=_lifespan(names["LIFESPAN"], lifespan),
         startup_timeout=float(values["STARTUP_TIMEOUT"]),
         max_background_tasks=most,
         blocked_after=blocked_after,
@@ -105,53 +123,53 @@ def _known(source: str, values: Mapping[Any, Any], upper: bool = False) -> dict[
     return known
 
 
-def _loop_factory(value: Any) -> LoopFactory:
+def _loop_factory(name: str, value: Any) -> LoopFactory:
     if value is None:
         return default_factory()
     accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an event loop"
-    factory: LoopFactory = _callable("LOOP_FACTORY", value, accepted)
+    factory: LoopFactory = _callable(name, value, accepted)
     try:
         loop = factory()
     except Exception as exc:
-        raise _invalid("LOOP_FACTORY", value, accepted, f"It failed: {type(exc).__name__}: {exc}.") from exc
+        raise _invalid(name, value, accepted, f"It failed: {type(exc).__name__}: {exc}.") from exc
     if not isinstance(loop, asyncio.AbstractEventLoop):
         if asyncio.iscoroutine(loop):
             loop.close()
-        raise _invalid("LOOP_FACTORY", value, accepted, f"It returned {loop!r}.")
+        raise _invalid(name, value, accepted, f"It returned {loop!r}.")
     if loop.is_running() or loop.is_closed():
-        raise _invalid("LOOP_FACTORY", value, accepted, f"It returned a loop that is not new: {loop!r}.")
+        raise _invalid(name, value, accepted, f"It returned a loop that is not new: {loop!r}.")
     loop.close()
     return factory
 
 
-def _lifespan(value: Any) -> AsyncContextFactory | None:
+def _lifespan(name: str, value: Any) -> AsyncContextFactory | None:
     """It is not called before the process loop starts: it may connect to other servers."""
     if value is None:
         return None
     accepted = "None, or a callable (or the dotted path of one) that takes nothing and returns an async context manager"
-    lifespan: AsyncContextFactory = _callable("LIFESPAN", value, accepted)
+    lifespan: AsyncContextFactory = _callable(name, value, accepted)
     if inspect.isasyncgenfunction(lifespan):
-        raise _invalid("LIFESPAN", value, accepted, "It lacks the decorator contextlib.asynccontextmanager.")
+        raise _invalid(name, value, accepted, "It lacks the decorator contextlib.asynccontextmanager.")
     if inspect.iscoroutinefunction(lifespan):
-        raise _invalid("LIFESPAN", value, accepted, "It returns a coroutine.")
+        raise _invalid(name, value, accepted, "It returns a coroutine.")
     if inspect.isgeneratorfunction(inspect.unwrap(lifespan)):
-        raise _invalid("LIFESPAN", value, accepted, "It is sync: write it with async def.")
+        raise _invalid(name, value, accepted, "It is sync: write it with async def.")
     if inspect.isclass(lifespan) and not issubclass(lifespan, AbstractAsyncContextManager):
-        raise _invalid("LIFESPAN", value, accepted, "Objects of this class have no __aenter__ and __aexit__.")
+        raise _invalid(name, value, accepted, "Objects of this class have no __aenter__ and __aexit__.")
     return lifespan
 
 
-def _callable(key: str, value: Any, accepted: str) -> Any:
+def _callable(name: str, value: Any, accepted: str) -> Any:
     found = value
     if isinstance(value, str):
         try:
             found = import_string(value)
         except ImportError as exc:
-            raise _invalid(key, value, accepted, f"It can't be imported: {exc}.") from exc
+            raise _invalid(name, value, accepted, f"It can't be imported: {exc}.") from exc
     if not callable(found):
-        raise _invalid(key, value, accepted)
+        raise _invalid(name, value, accepted)
     return found
 
 
-def _invalid(key: str, value: Any, accepted: str, why: str = "") -> ImproperlyConfigured:
-    return ImproperlyConfigured(f"WSGI_LOOP[{key!r}] is {value!r}. Accepted: {accepted}.{why and ' ' + why}")
+def _invalid(name: str, value: Any, accepted: str, why: str = "") -> ImproperlyConfigured:
+    return ImproperlyConfigured(f"{name} is {value!r}. Accepted: {accepted}.{why and ' ' + why}")

@@ -10,11 +10,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar, Unpack
 
 from . import forks
 from .bridge.storage import LOOP, LOOP_PID, SCOPE, threadlocal
-from .conf import Options, get_options
+from .conf import GivenOptions, Options, get_options
 from .scope import RequestScope
 from .threads import check_threads
 
@@ -32,7 +32,15 @@ class EventLoopContext(contextlib.ContextDecorator):
     Raises ImproperlyConfigured, when it is made, for an option that is not accepted.
     """
 
-    def __init__(self, **options: Any) -> None:
+    # What is accepted by position is only there to be refused.
+    __signature__ = inspect.Signature([inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
+
+    def __init__(self, *args: Never, **options: Unpack[GivenOptions]) -> None:
+        if args:
+            raise TypeError(
+                f"EventLoopContext() takes its options by name, not {args[0]!r}. As a decorator it is written with "
+                "parentheses: @EventLoopContext()."
+            )
         check_threads()
         self._options = get_options("EventLoopContext()", **options)
         #: On each thread, what has been entered and not been left.

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import FrameType
-from typing import IO, Any, cast
+from typing import IO, Any, Unpack, cast
 
 import django
 from django.conf import settings
@@ -27,7 +27,7 @@ from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_u
 
 from . import forks, process
 from .bridge.storage import keep_on_thread, scope_here, threadlocal
-from .conf import get_options
+from .conf import GivenOptions, get_options
 from .responses import ScopedIterable, serve_in
 from .scope import RequestScope, ThreadState
 from .threads import check_threads
@@ -48,7 +48,7 @@ entries = {DjangoHandler.__call__.__code__}
 _prepared: ContextVar[ThreadState | None] = ContextVar("wsgi_loop.prepared", default=None)
 
 
-def get_wsgi_application(**options: Any) -> WSGIHandler:
+def get_wsgi_application(**options: Unpack[GivenOptions]) -> WSGIHandler:
     """Set Django up and return a WSGI application that serves each request on one event loop.
 
     In place of `django.core.wsgi.get_wsgi_application` in a project's `wsgi.py`. The options are the keys of the
@@ -63,7 +63,7 @@ def get_wsgi_application(**options: Any) -> WSGIHandler:
 class WSGIHandler(DjangoHandler):
     """Serves each request in a scope of its own: see `RequestScope`. Takes the options of `get_wsgi_application`."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[GivenOptions]) -> None:
         try:
             check_threads()
         except RuntimeError as exc:

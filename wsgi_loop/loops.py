@@ -26,6 +26,7 @@ from typing import Any
 from .bridge.executor import Executor, current_executor, loop_executors
 from .bridge.storage import is_loop_call, move_here
 from .calls import LoopCall, NoLoop, RequestTask, name_of
+from .counters import counters
 from .resources import drop_keepers, is_kept, keepers_of, kept
 from .threads import has_started, new_thread, start
 
@@ -161,6 +162,7 @@ class RunningLoop:
         # In an empty context: a loop's own callbacks keep the context that they are made in.
         loop: Any = contextvars.Context().run(factory)
         self.loop = loop
+        counters.loops_made += 1
         self.post: Callable[..., Any] = self.loop.call_soon_threadsafe
         self._run_in: Callable[..., Any] = self.loop.run_in_executor
         self._sets_hooks = hasattr(self.loop, "_asyncgen_firstiter_hook")
@@ -241,6 +243,7 @@ class RunningLoop:
                 if self._given_up or self._stopped:
                     return
                 self._given_up = True
+                counters.loops_given_up += 1
                 self._accepting = False
             left = [task for task in self._left_overs() if task.get_name() != _SHUT_DOWN]
             logger.error(
@@ -429,6 +432,7 @@ class RunningLoop:
 
     def _work(self) -> None:
         self.thread_id = get_ident()
+        counters.loop_threads += 1
         try:
             self._begin_work()
             while not self._stopped:
@@ -444,6 +448,7 @@ class RunningLoop:
             logger.exception("%s: its event loop broke", self.owner)
             self._abandon_calls(f"its event loop broke ({exc!r})")
         finally:
+            counters.loop_threads -= 1
             self._end()
 
     def _begin_work(self) -> None:
@@ -513,6 +518,7 @@ class RunningLoop:
             _listed(map(self._describe, tasks)),
             self.remedy,
         )
+        counters.tasks_cut_off += len(tasks)
         for task in tasks:
             task.cancel()
         _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
@@ -562,13 +568,15 @@ class RunningLoop:
             self.loop.close()
         except Exception:
             # Whoever waits for the end of a broken loop is to be told all the same.
-            logger.exception("%s: its event loop could not be closed", self.owner)
+            logger.exception("%s: closing its event loop failed", self.owner)
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
         take_off = self.loop.__dict__.pop
         for name in _STAND_INS:
             take_off(name, None)
         with self._lock:
+            if not self._is_closed:
+                counters.loops_closed += 1
             self._is_closed = True
         # Its callbacks lead back here.
         ended, self._ended = self._ended, None

@@ -6,12 +6,14 @@ A forked child has no process loop until it uses one, and never touches its pare
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401 - what it does at the end of the process is to come after ours
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from django.db import close_old_connections, connections
+from django.utils.autoreload import DJANGO_AUTORELOAD_ENV
 
 from . import forks
 from .bridge.executor import loop_executors
@@ -21,6 +23,9 @@ from .loops import Door
 from .process_loop import ProcessLoop
 from .resources import kept
 from .threads import SyncThread, SyncThreads
+
+#: Seconds, where somebody sits and waits.
+_MOMENT = 0.1
 
 _lock = threading.RLock()
 _loop: ProcessLoop | None = None
@@ -67,6 +72,8 @@ def get_process_loop(options: Callable[[], Options], door: Door) -> ProcessLoop:
     global _loop
     forks.check()
     running = _loop
+    if running is not None and running.is_open:
+        return running
     if running is None or running.has_failed:
         with _lock:
             if _ended:
@@ -128,6 +135,9 @@ def _at_exit() -> None:
     global _ended
     with _lock:
         _ended = True
+        if _loop is not None and os.environ.get(DJANGO_AUTORELOAD_ENV) == "true":
+            # The reloader waits for this process, or, after Ctrl-C, kills it in a quarter of a second.
+            _loop.timeout = min(_loop.timeout, _MOMENT)
     shut_down()
 
 

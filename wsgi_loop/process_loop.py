@@ -19,6 +19,7 @@ from typing import Any
 
 from .bridge.executor import Executor, enclosing_executor
 from .calls import NoLoop, RequestTask, name_of
+from .counters import counters
 from .loops import Door, LoopFactory, RunningLoop
 from .resources import AsyncContextFactory, context_of, keepers_of
 from .threads import SyncThreads, stack_of
@@ -39,6 +40,8 @@ class ProcessLoop(RunningLoop):
     awaited; or when the loop is given up, and no more.
     """
 
+    #: Whether it is ready, and not closed.
+    is_open = False
     _has_users_executor = False
     remedy = "They had SHUTDOWN_TIMEOUT seconds to end by themselves."
 
@@ -157,6 +160,7 @@ class ProcessLoop(RunningLoop):
                     f"{', '.join(f'{number} x {name}' for name, number in names)}. Use a task queue, or raise it."
                 )
             self._background[future] = description
+            counters.background_started += 1
             self.post(start, context=contextvars.Context())
         return future
 
@@ -176,8 +180,16 @@ class ProcessLoop(RunningLoop):
         self._release_resources()
 
     def _settle_future(self, future: Future[Any], exception: BaseException | None, result: Any = None) -> None:
-        if self._background.pop(future, None) is None or not future.set_running_or_notify_cancel():
-            return  # it was given up, or cancelled, of which concurrent.futures.wait() has been told just now
+        if self._background.pop(future, None) is None:
+            return  # it was given up
+        counters.background_ended += 1
+        if not future.set_running_or_notify_cancel():
+            counters.background_cancelled += 1
+            return  # of which concurrent.futures.wait() has been told just now
+        if isinstance(exception, CancelledError):
+            counters.background_cancelled += 1
+        elif exception is not None:
+            counters.background_failed += 1
         if exception is None:
             future.set_result(result)
         else:
@@ -255,6 +267,7 @@ class ProcessLoop(RunningLoop):
         else:
             with contextlib.suppress(InvalidStateError):
                 self.ready.set_result(None)
+                self.is_open = True
 
     def _end_request_task(self, request_task: RequestTask, ended: Future[None] | None) -> None:
         """End it, and what it still runs. ended: for whoever waits for that."""
@@ -265,6 +278,7 @@ class ProcessLoop(RunningLoop):
             if ended is not None:
                 ended.set_result(None)
             return
+        counters.tasks_cut_off += len(cut_off)
         names = ", ".join(sorted(cut_off.values()))
         logger.warning("%s: ended while %s still ran, which is cancelled.", request_task.owner, names)
         left = set(cut_off)
@@ -293,6 +307,7 @@ class ProcessLoop(RunningLoop):
     def _close(self) -> None:
         if self.watchdog:
             self.watchdog.stop()
+        self.is_open = False
         super()._close()
 
     def _describe(self, task: asyncio.Task[Any]) -> str:

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 AsyncContextFactory = Callable[[], AbstractAsyncContextManager[Any]]
@@ -45,7 +45,17 @@ class PerLoop(Generic[T]):
         self._factory = factory
 
     def __repr__(self) -> str:
-        return f"PerLoop({getattr(self._factory, '__qualname__', self._factory)})"
+        # A copy that is being made has none yet.
+        factory = self.__dict__.get("_factory")
+        return f"PerLoop({getattr(factory, '__qualname__', factory)})"
+
+    def __await__(self) -> NoReturn:
+        raise TypeError(f"{self!r} is called for the running loop's resource: await client(), not await client.")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Names with an underscore are asked of any object, such as by copy and inspect.
+        hint = "" if name.startswith("_") else f" It is called for the running loop's resource: (await client()).{name}"
+        raise AttributeError(f"{self!r} has no attribute {name!r}.{hint}", name=name, obj=self)
 
     async def __call__(self) -> T:
         """Return the running loop's resource: what its `async with` gives.

@@ -29,6 +29,7 @@ from .bridge.executor import CURRENT, Executor, enclosing_executor
 from .bridge.storage import LOOP, LOOP_PID, SCOPE, enter_here, is_taken, scope_here, take_apart, threadlocal
 from .calls import END, LoopCall, NoLoop, RequestTask, are_same, close_unbegun, name_of
 from .conf import Options
+from .counters import counters
 from .loops import RunningLoop
 from .process import get_process_loop
 from .process_loop import ProcessLoop
@@ -266,6 +267,7 @@ class RequestCalls:
         self._seen: contextvars.Context | None = None
         self._closes_soon = False
         self._closed = False
+        counters.requests += 1
         try:
             running.begin(self.executor)
         except BaseException:

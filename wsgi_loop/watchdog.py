@@ -20,6 +20,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from .counters import counters
+
 logger = logging.getLogger("wsgi_loop")
 
 #: How often the loop has to be seen idle before the thread sleeps.
@@ -45,8 +47,6 @@ class Watchdog:
         thread_id: Callable[[], int | None],
         describe: Callable[[], str],
     ) -> None:
-        #: Seconds that it has taken to come round, at most.
-        self.longest = 0.0
         self._loop: Any = loop
         self._seconds = seconds
         self._post = post
@@ -117,7 +117,7 @@ class Watchdog:
                 if self._is_over:
                     return
         took = time.monotonic() - asked
-        self.longest = max(self.longest, took)
+        counters.longest_block = max(counters.longest_block, took)
         if blocker is not None:
             logger.warning("%s: has blocked the process loop for %.1f s", blocker, took)
 

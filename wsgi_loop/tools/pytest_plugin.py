@@ -6,7 +6,7 @@ project. Imports Django only when a fixture is used.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -48,6 +48,24 @@ def loop_calls() -> Iterator[LoopCalls]:
 
     with record_loop_calls() as calls:
         yield calls
+
+
+@pytest.fixture
+def inline_background_tasks(_wsgi_loop_django: None) -> Iterator[None]:
+    """Background tasks run to their end where they are started, in the connection and the transaction of the test."""
+    from . import testing
+
+    with testing.inline_background_tasks():
+        yield
+
+
+@pytest.fixture
+def wait_for_background_tasks(_wsgi_loop_database: None) -> Iterator[Callable[..., None]]:
+    """A function that waits until no background task is in flight. The end of the test waits as well."""
+    from . import testing
+
+    yield testing.wait_for_background_tasks
+    testing.wait_for_background_tasks()
 
 
 class LiveServer:

@@ -5,12 +5,17 @@ Knows Django's test client and live server. What is not said here is as Django h
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import functools
+import time
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator
+from concurrent import futures
 from typing import Any, TypeVar
 
+from asgiref.sync import async_to_sync
 from django.contrib.staticfiles import testing as staticfiles_testing
 from django.core.handlers.wsgi import WSGIRequest
 from django.core.signals import request_finished, request_started
@@ -19,6 +24,7 @@ from django.dispatch import Signal
 from django.http import HttpRequest
 from django.test import client, testcases
 
+from .. import background, process
 from ..bridge.storage import threadlocal
 from ..calls import END
 from ..conf import Options, get_options
@@ -37,8 +43,10 @@ __all__ = [
     "LoopCallRecord",
     "LoopCalls",
     "StaticLiveServerTestCase",
+    "inline_background_tasks",
     "record_loop_calls",
     "serve_client",
+    "wait_for_background_tasks",
 ]
 
 C = TypeVar("C", bound=client.Client)
@@ -75,13 +83,64 @@ class _ClientScope(HTTPScope):
         response = self.response()
         if response is not None and not response.closed:
             with _connections_stay_open(request_finished):
-                response.close()
+                try:
+                    self.run(self._end_background_tasks)
+                finally:
+                    response.close()
+
+    def _end_background_tasks(self) -> None:
+        """Let the background tasks of the request's async code come to their end, and raise what they raise."""
+        while tasks := self.options.inline_tasks:
+            batch = tasks.copy()
+            tasks.clear()
+            async_to_sync(_gather)(batch)
 
     def get_calls(self) -> RequestCalls:
         calls = super().get_calls()
         # Django's test client never closes a response whose body was not read, and tells nobody: nor is this told.
         calls.tells_of_drop = False
         return calls
+
+
+async def _gather(tasks: list[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks)
+    for task in tasks:
+        task.result()
+
+
+@contextlib.contextmanager
+def inline_background_tasks() -> Iterator[None]:
+    """Run what `create_background_task` is given to its end, on the thread that calls it, before it returns.
+
+    For tests whose database is rolled back, around what starts background tasks outside of a request, such as
+    `captureOnCommitCallbacks(execute=True)`. Requests of `Client` need no such thing. What a task raises is raised by
+    the call. Raises RuntimeError for a task that async code outside of such a request starts.
+    """
+    background.inline += 1
+    try:
+        yield
+    finally:
+        background.inline -= 1
+
+
+def wait_for_background_tasks(timeout: float = 30) -> None:
+    """Wait until no background task is in flight in this process: for live servers, and `TransactionTestCase`.
+
+    What a task raises is logged, as ever. Raises TimeoutError, which names what still runs after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while (running := process._loop) is not None and (tasks := dict(running._background)):
+        futures.wait(tasks, max(deadline - time.monotonic(), 0), futures.FIRST_COMPLETED)
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"After {timeout} s these were still running: {', '.join(sorted(tasks.values()))}")
+
+
+def _bytes(steps: Iterator[Any], response: weakref.ref[Any]) -> Iterator[Any]:
+    """Make what a lazy string is, such as a translation, inside the request."""
+    for chunk in steps:
+        found = response()
+        yield chunk if found is None else found.make_bytes(chunk)
+        del found
 
 
 def _closing(steps: Iterator[Any], scope: _ClientScope) -> Generator[Any, None, None]:
@@ -108,7 +167,8 @@ class ClientHandlerMixin:
         prepare(thread)
         scope = _ClientScope()
         scope.home = thread
-        scope.options = self._options
+        # What its async code starts is to be found in its options, from wherever that runs.
+        scope.options = dataclasses.replace(self._options, inline_tasks=[])
         scope.subject = environ
         scope.calls = None
         try:
@@ -133,7 +193,8 @@ class ClientHandlerMixin:
         scope.response = weakref.ref(response)
         if response.streaming and not response.is_async:
             # Tests read its streaming_content, where a server iterates over the response.
-            response._iterator = _closing(ScopedIterator(scope, response._iterator), scope)
+            steps = ScopedIterator(scope, _bytes(response._iterator, scope.response))
+            response._iterator = _closing(steps, scope)
         return response
 
 
