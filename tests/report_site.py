@@ -21,8 +21,21 @@ left: set[asyncio.Task[None]] = set()
 served: list[HttpRequest] = []
 
 
+async def make_future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+future = asyncio.run(make_future())
+
+
 async def kept_client(request: HttpRequest) -> HttpResponse:
     return HttpResponse(str(await client.ping()))
+
+
+async def imported(request: HttpRequest) -> HttpResponse:
+    """Waits for what was made on a loop that ended when this module was imported."""
+    await future
+    return HttpResponse()
 
 
 async def own_state(request: HttpRequest) -> HttpResponse:
@@ -61,6 +74,7 @@ def end(request: HttpRequest) -> HttpResponse:
 urlpatterns = [
     path("kept-client/", kept_client),
     path("own-state/", own_state),
+    path("imported/", imported),
     path("background/", background),
     path("leave/", leave),
     path("stream/", stream),

@@ -1367,9 +1367,8 @@ EXCEPTIONS = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit, 
 EXCEPTIONS["TimeLimit"] = TimeLimit  # type: ignore[assignment]
 Line = tuple[str, int]
 #: What the loop itself calls: asyncio logs what is raised there, and goes on, as in all its callbacks.
-CALLBACKS = {"_stop_for_step"}
-#: What calls us from a callback of a thread's future, where concurrent.futures does the same.
-THREAD_CALLBACKS = {"_call_set_state"}
+#: So does concurrent.futures with a callback of a thread's future.
+CALLBACKS = {"_stop_for_step", "_call_set_state", "_set_state", "_copy_future_state"}
 
 
 class WatchedLoop(asyncio.SelectorEventLoop):
@@ -1390,7 +1389,7 @@ class Interrupter:
         self._package = os.path.dirname(wsgi_loop.__file__) + os.sep
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
-        if frame.f_code.co_name in CALLBACKS or frame.f_back.f_code.co_name in THREAD_CALLBACKS:
+        if any(found.f_code.co_name in CALLBACKS for found in (frame, frame.f_back, frame.f_back.f_back)):
             return None
         return self.trace_lines if frame.f_code.co_filename.startswith(self._package) else None
 

@@ -352,7 +352,7 @@ def test_a_terminal_gets_a_bar_and_nothing_else_does(example: dict[str, Any]) ->
     assert written.endswith("\r\x1b[K$")
 
 
-PATHS = ("kept-client", "own-state", "background", "leave", "stream", "worse", "background")
+PATHS = ("kept-client", "imported", "own-state", "background", "leave", "stream", "worse", "background")
 REPEAT = 4
 
 
@@ -408,6 +408,14 @@ def test_a_client_that_breaks_is_recognised(of_processes: Any) -> None:
         assert request["wsgi_loop"]["of_another_loop"] == "RuntimeError: Event loop is closed"
         assert "Keep a PerLoop in its place, or serve with WSGI_LOOP = {'SCOPE': 'process'}." in shown
         assert "Something belongs to the event loop of an earlier request: /kept-client/" in table.stderr
+
+
+def test_each_scope_has_its_own_remedy(of_processes: Any) -> None:
+    scope, _, table = of_processes
+    shown = part(table, "imported")
+    assert "got Future <Future pending> attached to a different loop" in shown
+    assert ("opened on a loop other than the process loop" in shown) == (scope == "process")
+    assert ("Keep a PerLoop in its place" in shown) == (scope == "request")
 
 
 def test_each_handler_is_in_a_process_of_its_own(of_processes: Any) -> None:
