@@ -562,7 +562,10 @@ class RunningLoop:
         self._stopped = True
         self._request_tasks.clear()
         loop_executors.pop(self.loop, None)
-        self.loop.close()
+        try:
+            self.loop.close()
+        except Exception:  # one that broke
+            logger.exception("%s: closing its event loop failed", self.owner)
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
         for name in _STAND_INS:
