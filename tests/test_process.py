@@ -1078,7 +1078,8 @@ def test_threads_that_can_not_be_started_leave_no_entry_behind(scope: str, monke
             for _ in range(3):
                 server.get()
                 assert server.status == "500 Internal Server Error"
-                assert len(AsyncToSync.loop_thread_executors) == before
+                # Fewer, where a loop that another test had left was collected meanwhile.
+                assert len(AsyncToSync.loop_thread_executors) <= before
         assert server.get() == b"fine"
 
 
