@@ -588,6 +588,7 @@ def test_faults_under_load(tmp_path: Path, database: Path, name: str) -> None:
         assert threads.pop("wsgi-loop", 0) <= {"process": 1, "request": 0}[configuration.scope]
         assert threads.pop("MainThread") == 1
         assert threads.pop("ThreadPoolExecutor", 0) <= configuration.threads
+        assert threads.pop("wsgi-watchdog", 0) <= (configuration.scope == "process")
         # Some versions of Python can start none at their end, so that one is started early.
         assert threads.pop("wsgi-sync-resources", 0) <= (configuration.scope == "process")
         assert threads == {}
