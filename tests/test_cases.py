@@ -1220,7 +1220,8 @@ def test_finalizers_that_make_loop_calls_at_any_moment(scope: str) -> None:
         with collecting_all_the_time():
             serve_on_three_threads(serve_one, 60)
         process.shut_down()
-    assert set(Client.ends) <= {"closed", "You cannot use AsyncToSy", "would hang"}
+    # The last is asyncio's own, where a finalizer comes when a loop has begun to run and is not the running one yet.
+    assert set(Client.ends) <= {"closed", "You cannot use AsyncToSy", "would hang", "This event loop is alrea"}
     assert Client.ends["closed"]
 
 
