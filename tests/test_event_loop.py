@@ -429,3 +429,14 @@ def test_a_policy_of_somebody_elses_is_asked(monkeypatch: pytest.MonkeyPatch) ->
         assert type(loop) is uvloop.Loop
     finally:
         asyncio.set_event_loop_policy(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system has no pidfd_open")
+def test_it_asks_for_no_descriptor_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    # From Python 3.14 on each loop of asyncio asks once if it could wait for child processes so.
+    asked: list[int] = []
+    pidfd_open = os.pidfd_open
+    monkeypatch.setattr(os, "pidfd_open", lambda pid, *args: (asked.append(pid), pidfd_open(pid, *args))[1])
+    for _ in range(3):
+        EventLoop().close()
+    assert asked == []
