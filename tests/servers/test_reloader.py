@@ -75,6 +75,8 @@ def test_an_edit_and_ctrl_c(tmp_path: Path, scope: str, what: str) -> None:
         "DJANGO_SETTINGS_MODULE": "reloaded",
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
         "PYTHONUNBUFFERED": "1",
+        # Python takes a file of the same size and the same second for the one that it has compiled.
+        "PYTHONDONTWRITEBYTECODE": "1",
     }
 
     def answer() -> bytes:
