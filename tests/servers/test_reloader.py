@@ -93,9 +93,18 @@ def test_an_edit_and_ctrl_c(tmp_path: Path, scope: str, what: str) -> None:
             connection.request("GET", f"/{what}/")
             response = connection.getresponse()
             assert what == "start" or response.read(5) == b"first"
-            began = time.monotonic()
+            edited = [began := time.monotonic()]
             (tmp_path / "reloaded.py").write_text(code.replace("VERSION", "new"))
-            eventually(lambda: answer() == b"new", 120)
+
+            def is_new() -> bool:
+                found = answer()
+                if found == b"old" and time.monotonic() > edited[-1] + 5:
+                    # The reloader may look at the file for the first time after the edit.
+                    edited.append(time.monotonic())
+                    os.utime(tmp_path / "reloaded.py")
+                return found == b"new"
+
+            eventually(is_new, 120)
             print(f"{scope}, {what}: the new code answered after {time.monotonic() - began:.1f} s")
         if what == "start":
             assert "background task hour of GET '/start/'" in server.log()
