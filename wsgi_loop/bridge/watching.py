@@ -40,7 +40,6 @@ class WatchedCall:
     served = False
     end: float | None = None
     depth = 0
-    request: int | None = None
     path: str | None = None
     #: Held, so that `request`, its identity, is no other one's.
     environ: dict[str, Any] | None = None
@@ -49,14 +48,17 @@ class WatchedCall:
         self.name = name_of(target)
         self.location, environ = _look_around(frame, target)
         if parent is not None:
-            self.depth, self.path = parent.depth + 1, parent.path
-            self.environ, self.request = parent.environ, parent.request
+            self.depth, self.path, self.environ = parent.depth + 1, parent.path, parent.environ
         if environ is not None:
-            self.environ, self.request = environ, id(environ)
+            self.environ = environ
             self.path = environ.get("SCRIPT_NAME", "") + environ["PATH_INFO"]
             with contextlib.suppress(UnicodeError):  # Django has decoded it, once it has made its request
                 self.path = self.path.encode("latin-1").decode()
         self.start = time.perf_counter()
+
+    @property
+    def request(self) -> int | None:
+        return None if self.environ is None else id(self.environ)
 
     def arrive(self) -> None:
         """Called in the call's own task."""

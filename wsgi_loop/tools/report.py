@@ -46,11 +46,6 @@ from ..threads import SyncThread
 LOGGERS = ("django.request", "wsgi_loop", "asyncio")
 
 
-def own_calls(watched: list[WatchedCall], environ: dict[str, Any]) -> list[WatchedCall]:
-    """Return those of the watched calls that the request with this environ made."""
-    return [call for call in watched.copy() if call.environ is environ]
-
-
 def left_over_tasks(loop: asyncio.AbstractEventLoop, known: Sequence[asyncio.Task[Any] | None] = ()) -> list[str]:
     """Name the tasks that are not done on a loop, but what `PerLoop` and the lifespan hold open there."""
     tasks = all_tasks(loop) - set(known)
@@ -310,18 +305,18 @@ class Worker:
         environ = request.environ()
         side = Side()
         found: list[WatchedCall] | None = None
-        with watch_calls() as watched, _watched_ends() as ends:
+        with watch_calls(environ) as watched, _watched_ends() as ends:
 
             def look() -> None:
                 nonlocal found
-                found = own_calls(watched, environ)
+                found = watched.copy()
                 if scope_here() is not None and any(call.loop is not None for call in found):
                     side.left_over += own_left_over_tasks()
 
             side.answers.append(self.serve(environ, look))
             if found is None:
                 # What was closed is not Django's response, or there is none.
-                found = own_calls(watched, environ)
+                found = watched.copy()
             if not self._ours:
                 side.left_over += [name for names in ends for name in names]
         ran = [call for call in found if call.loop is not None]
