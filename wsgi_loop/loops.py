@@ -571,9 +571,8 @@ class RunningLoop:
             logger.exception("%s: closing its event loop failed", self.owner)
         # A cycle otherwise: the loop would wait for the garbage collector. Not before it is closed: a call that comes
         # in between would be taken and never run.
-        take_off = self.loop.__dict__.pop
         for name in _STAND_INS:
-            take_off(name, None)
+            self.loop.__dict__.pop(name, None)
         with self._lock:
             if not self._is_closed:
                 counters.loops_closed += 1

@@ -120,8 +120,7 @@ class RequestLoop(RunningLoop):
     # --- who runs the loop ---------------------------------------------------------------------------------------
 
     def is_inside(self) -> bool:
-        me = get_ident()
-        return me == self.thread_id or (self.depth > 0 and me == self.driver)
+        return super().is_inside() or (self.depth > 0 and self.driver == get_ident())
 
     def take(self) -> bool:
         """Take the turn, to run the loop by hand. False: it has a thread, or another thread has the turn."""
