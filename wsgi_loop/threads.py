@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 #: Python 3.12.0 and 3.12.1 start no thread when the end of the process has begun (CPython's issue 113964).
@@ -62,9 +63,14 @@ def has_started(thread: threading.Thread) -> bool:
     return thread.ident is not None
 
 
+def frame_of(thread_id: int | None) -> FrameType | None:
+    """Return what a thread runs now. None: there is no such thread any more, or not yet."""
+    return sys._current_frames().get(thread_id or 0)
+
+
 def stack_of(thread_id: int | None) -> str:
     """Return where a thread is now, as a traceback has it."""
-    frame = sys._current_frames().get(thread_id or 0)
+    frame = frame_of(thread_id)
     return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 

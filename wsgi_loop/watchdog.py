@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from .counters import counters
+from .threads import frame_of
 
 logger = logging.getLogger("wsgi_loop")
 
@@ -76,7 +77,7 @@ class Watchdog:
     def _watch(self) -> None:
         idle = 0
         while self._pause(max(self._seconds / 2, 0.05)):
-            frame = sys._current_frames().get(self._thread_id() or 0)
+            frame = frame_of(self._thread_id())
             if frame is None:
                 continue
             if not _is_waiting(frame):
@@ -123,7 +124,7 @@ class Watchdog:
 
     def _report(self) -> str | None:
         """Log what the loop's thread does now. None: the place was named before."""
-        frame = sys._current_frames().get(self._thread_id() or 0)
+        frame = frame_of(self._thread_id())
         if frame is None:
             return None
         place = _place_of(frame)
