@@ -44,8 +44,7 @@ def _requests_may_close_connections(django_db_blocker: Any) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _no_loop_threads_of_other_modules() -> None:
     """What counts loop threads counts those of its own module."""
-    process.shut_down()
-    support.threads_of_other_modules.update(threading.enumerate())
+    support.leave_loop_threads_behind()
 
 
 @pytest.fixture
@@ -74,8 +73,8 @@ def loops() -> Iterator[list[asyncio.AbstractEventLoop]]:
 
 @pytest.fixture
 def new_process_loop() -> Iterator[None]:
-    """The process loop that the test starts is its own, and ends with it."""
-    process.shut_down()
+    """The process loop that the test starts is its own, and ends with it. Earlier tests' threads do not count."""
+    support.leave_loop_threads_behind()
     yield
     process.shut_down()
 

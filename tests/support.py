@@ -180,11 +180,19 @@ def eventually(condition: Callable[[], Any], seconds: float = 60, pause: float =
     return result
 
 
-#: What was there before the module of tests that runs now: a test that failed may have left a thread.
-threads_of_other_modules: set[threading.Thread] = set()
+_threads_of_others: set[threading.Thread] = set()
+
+
+def leave_loop_threads_behind() -> None:
+    """End the process loop, and count no loop thread that is there by now.
+
+    A loop that was given up ends later than its request, and a test that failed may have left a thread for good.
+    """
+    wsgi_loop.process.shut_down()
+    _threads_of_others.update(threading.enumerate())
 
 
 def loop_threads() -> list[threading.Thread]:
-    """Return the loop threads that tests of this module have started."""
-    found = set(threading.enumerate()) - threads_of_other_modules
+    """Return the loop threads that there are since the last `leave_loop_threads_behind()`."""
+    found = set(threading.enumerate()) - _threads_of_others
     return [thread for thread in found if thread.name.startswith("wsgi-loop")]
