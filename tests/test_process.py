@@ -25,6 +25,8 @@ from asgiref.sync import AsyncToSync, async_to_sync, sync_to_async
 from django.http import HttpResponse, StreamingHttpResponse
 
 from wsgi_loop import EventLoopContext, PerLoop, WSGIHandler, create_background_task, process
+from wsgi_loop.bridge.executor import current_executor
+from wsgi_loop.resources import context_of
 from wsgi_loop.threads import STARTS_NONE_AT_EXIT, SyncThreads
 
 from .support import Place, call_here, eventually, here, in_thread, loop_threads, serve
@@ -973,6 +975,40 @@ def test_a_script_that_ends_at_once_is_not_held_up() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert time.monotonic() - started < 30
+
+
+def test_the_end_waits_for_what_a_request_has_left_for_a_while_after_the_request(
+    new_process_loop: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    readers, ended = [], []
+
+    async def work() -> None:
+        await asyncio.sleep(0.3)
+        ended.append("of a request")
+
+    async def view(request: Any) -> HttpResponse:
+        if request.path == "/client/":
+            # As a client in a module, which reads for as long as it lives.
+            readers.append(asyncio.create_task(asyncio.Event().wait(), name="reader"))
+        else:
+            readers.append(asyncio.create_task(work()))
+        return HttpResponse()
+
+    with serve(view, scope="process", shutdown_timeout=100) as server:
+        server.get("/client/")
+        server.get("/")
+        future = create_background_task(asyncio.sleep(0.2, "of the background"))
+    executor = current_executor(context_of(readers[0]) or contextvars.Context())
+    assert executor is not None
+    assert executor.over
+    executor.over_since -= 100
+    started = time.monotonic()
+    process.shut_down()
+    assert time.monotonic() - started < 100
+    assert [*ended, future.result(0)] == ["of a request", "of the background"]
+    [record] = caplog.records
+    assert "1 of its tasks still ran" in record.getMessage()
+    assert "reader running" in record.getMessage()
 
 
 # --- threads for sync code ---------------------------------------------------------------------------------------

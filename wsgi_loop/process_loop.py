@@ -11,13 +11,14 @@ import contextlib
 import contextvars
 import logging
 import socket
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
-from .bridge.executor import Executor, enclosing_executor
+from .bridge.executor import Executor, current_executor, enclosing_executor
 from .calls import NoLoop, RequestTask, name_of
 from .counters import counters
 from .loops import Door, LoopFactory, RunningLoop
@@ -328,12 +329,26 @@ class ProcessLoop(RunningLoop):
         self._settle_future(future, exception, None if exception else task.result())
 
     async def _drain(self) -> None:
-        deadline = self.loop.time() + self.timeout
-        while tasks := self._unended():
-            _, pending = await asyncio.wait(tasks, timeout=max(deadline - self.loop.time(), 0))
-            if pending:
+        """Wait for background tasks, and for tasks that requests have left, until they had their time.
+
+        So what lives as long as a client in a module, such as the reader of its connection, is rarely waited for: the
+        request that opened the client has long ended.
+        """
+        end = time.monotonic() + self.timeout
+        while True:
+            now = time.monotonic()
+            until = {task: self._may_run_until(task, end) for task in self._unended()}
+            tasks = {task for task, time_out in until.items() if time_out > now}
+            if not tasks:
                 return
+            await asyncio.wait(tasks, timeout=min(map(until.__getitem__, tasks)) - now)
             await self._settle_tasks()
+
+    def _may_run_until(self, task: asyncio.Task[Any], end: float) -> float:
+        """Return when a task will have had `timeout` seconds from its request's end on, at most `end`."""
+        context = None if task in self._descriptions else context_of(task)
+        executor = None if context is None else current_executor(context)
+        return end if executor is None or not executor.over else min(executor.over_since + self.timeout, end)
 
     async def _release(self, deadline: float) -> None:
         self.threads.shutdown()

@@ -44,6 +44,8 @@ class Executor(CurrentThreadExecutor):
 
     # For asgiref's own executors, which walk down to this one.
     _work_ready = threading.Condition()
+    #: When it ended, on the clock of `time.monotonic()`.
+    over_since = 0.0
 
     def __init__(self, owner: str, options: Any, outer: Executor | None, wake: Callable[[], object]) -> None:
         self.owner = owner
@@ -152,6 +154,7 @@ class Executor(CurrentThreadExecutor):
     def quit(self) -> None:
         """Run nothing from now on. What is waiting is passed on, or refused where there is nobody to pass it to."""
         self.over = True
+        self.over_since = time.monotonic()
         self.storage = None  # a cycle
         while not self.jobs.empty():
             job = self.jobs.get()
