@@ -153,8 +153,8 @@ class Executor(CurrentThreadExecutor):
 
     def quit(self) -> None:
         """Run nothing from now on. What is waiting is passed on, or refused where there is nobody to pass it to."""
-        self.over = True
         self.over_since = time.monotonic()
+        self.over = True
         self.storage = None  # a cycle
         while not self.jobs.empty():
             job = self.jobs.get()
