@@ -18,6 +18,8 @@ from django.contrib.auth.models import User
 from django.core.signals import request_finished
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 
+from wsgi_loop import process
+
 from .conftest import Connect
 from .support import Place, call_here, environ, eventually, here, in_thread, loop_threads, serve
 
@@ -592,6 +594,44 @@ def test_environ_of_the_request_is_not_changed() -> None:
         response = server.handler(given, server.start_response)
         response.close()
     assert {key for key in given if "wsgi_loop" in key} == set()
+
+
+@pytest.mark.parametrize("scope", ["request", "process"])
+@pytest.mark.parametrize("is_promoted", [False, True])
+def test_a_library_may_run_the_loop_once_more_when_it_is_closed(
+    is_promoted: bool, scope: str, new_process_loop: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As channels_redis does, to close its connections."""
+    ended: list[str] = []
+
+    async def end() -> None:
+        await asyncio.wait_for(asyncio.sleep(0.01), 60)
+        await asyncio.gather(asyncio.sleep(0), asyncio.sleep(0))
+        ended.append("ended")
+
+    async def call() -> None:
+        loop: Any = asyncio.get_running_loop()
+        close = loop.close
+
+        def run_and_close() -> None:
+            # Once: a loop may be closed twice.
+            loop.close = close
+            loop.run_until_complete(end())
+            close()
+
+        loop.close = run_and_close
+        if is_promoted:
+            await asyncio.gather(sync_to_async(int)(), asyncio.sleep(0))
+
+    def view(request: Any) -> HttpResponse:
+        async_to_sync(call)()
+        return HttpResponse()
+
+    with serve(view, scope=scope) as server:
+        server.get()
+    process.shut_down()
+    eventually(lambda: ended == ["ended"])
+    assert not caplog.records
 
 
 @pytest.mark.filterwarnings("ignore:.*dropped without close:ResourceWarning")

@@ -513,6 +513,9 @@ class RequestLoop(RunningLoop):
     def _close(self) -> None:
         self._tasks.clear()
         self._steps.clear()
+        if not self.is_promoted:
+            # For whoever has put a `close` of his own on the loop, which runs the loop once more.
+            self.loop._stopping = False
         super()._close()
 
     def leave_soon(self, request_task: RequestTask) -> None:
