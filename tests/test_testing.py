@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import importlib
 import os
 import re
 import subprocess
@@ -15,7 +16,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -927,20 +927,21 @@ def test_lazy_strings_of_a_stream_are_those_of_the_request(read: str) -> None:
     assert response.closed
 
 
-if find_spec("django.tasks"):
-    from django.tasks import default_task_backend, task
-
-    @task
-    def enqueued() -> None: ...
+def enqueued() -> None: ...
 
 
-@pytest.mark.skipif(find_spec("django.tasks") is None, reason="django.tasks comes with Django 6.0")
-def test_a_backend_of_tasks_that_a_test_sets_is_the_one_that_a_view_uses() -> None:
+@pytest.mark.parametrize("name", ["django.tasks", "django_tasks"])
+def test_a_backend_of_tasks_that_a_test_sets_is_the_one_that_a_view_uses(name: str) -> None:
+    tasks = pytest.importorskip(name, reason="django.tasks comes with Django 6.0, django_tasks with the extra `tests`")
+    if name == "django_tasks":
+        # What its AppConfig imports.
+        importlib.import_module("django_tasks.signals")
+
     def view(request: Any) -> HttpResponse:
-        enqueued.enqueue()
+        tasks.task(enqueued).enqueue()
         return HttpResponse()
 
     for _ in range(2):
-        with serve(view, TASKS={"default": {"BACKEND": "django.tasks.backends.dummy.DummyBackend"}}):
+        with serve(view, TASKS={"default": {"BACKEND": f"{name}.backends.dummy.DummyBackend"}}):
             Client().get("/")
-            assert len(default_task_backend.results) == 1  # type: ignore[attr-defined]
+            assert len(tasks.default_task_backend.results) == 1

@@ -6,6 +6,7 @@ Knows Django's handlers. Opens and closes a request's scope, and leaves asyncio 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -32,12 +33,10 @@ from .responses import ScopedIterable, serve_in
 from .scope import RequestScope, ThreadState
 from .threads import check_threads
 
-try:
-    from django.tasks import task_backends
-except ImportError:  # Django 5.2
-    _HANDLERS: tuple[Any, ...] = (caches,)
-else:
-    _HANDLERS = (caches, task_backends)
+#: Where there are backends of tasks: Django's own, from Django 6.0 on, and those of the package that it has them from.
+_TASKS = ("django.tasks", "django_tasks")
+with contextlib.suppress(ImportError):
+    importlib.import_module(_TASKS[0])
 
 #: How many bytes of a body are read at a time.
 _CHUNK = 65536
@@ -126,7 +125,7 @@ class HTTPScope(RequestScope):
         return f"{self.subject.get('REQUEST_METHOD', '')} {self.subject.get('PATH_INFO', '')!r}"
 
     def per_thread(self) -> list[Any]:
-        return [handler._connections for handler in _HANDLERS]
+        return _per_thread()
 
     def begin_on_process_loop(self) -> None:
         """Read the request's body, if there is one, as Django does under ASGI.
@@ -193,6 +192,12 @@ def _is_made_by(file_wrapper: Any, iterable: object) -> bool:
     return isinstance(iterable, file_wrapper) if isinstance(file_wrapper, type) else True
 
 
+def _per_thread() -> list[Any]:
+    """Return the `Local`s in which Django keeps what belongs to a thread."""
+    handlers = [caches, *(sys.modules[name].task_backends for name in _TASKS if name in sys.modules)]
+    return [handler._connections for handler in handlers]
+
+
 def prepare(thread: ThreadState) -> None:
     """Put into this thread's own context, of which each request gets a copy, what all of its requests share.
 
@@ -203,7 +208,7 @@ def prepare(thread: ThreadState) -> None:
         return
     # Here, as each thread comes by once in its process: for uWSGI, which does not tell Python of its forks.
     forks.check()
-    keep_on_thread(handler._connections for handler in _HANDLERS)
+    keep_on_thread(_per_thread())
     _prepared.set(thread)
     if sys.version_info >= (3, 12):
         # Django looks for each cache at the end of each request, and from Python 3.12 on not to find it costs 8,000
