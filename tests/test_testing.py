@@ -931,14 +931,20 @@ def enqueued() -> None: ...
 
 
 @pytest.mark.parametrize("name", ["django.tasks", "django_tasks"])
-def test_a_backend_of_tasks_that_a_test_sets_is_the_one_that_a_view_uses(name: str) -> None:
+def test_a_backend_of_tasks_that_a_test_sets_is_the_one_that_a_view_uses(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks = pytest.importorskip(name, reason="django.tasks comes with Django 6.0, django_tasks with the extra `tests`")
     if name == "django_tasks":
         # What its AppConfig imports.
         importlib.import_module("django_tasks.signals")
 
+    task = tasks.task(enqueued)
+    # Which is looked up by its name.
+    monkeypatch.setitem(globals(), "enqueued", task)
+
     def view(request: Any) -> HttpResponse:
-        tasks.task(enqueued).enqueue()
+        task.enqueue()
         return HttpResponse()
 
     for _ in range(2):
