@@ -22,6 +22,7 @@ from urllib.request import urlopen
 
 import django.test
 import pytest
+from asgiref.local import Local
 from asgiref.sync import AsyncToSync, async_to_sync, sync_to_async
 from django.contrib.auth.models import User
 from django.core.cache import caches
@@ -925,6 +926,32 @@ def test_lazy_strings_of_a_stream_are_those_of_the_request(read: str) -> None:
         else:
             assert b"".join(response.streaming_content if read == "streaming_content" else response) == b"Ja/Nein"
     assert response.closed
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "stream"])
+def test_what_depends_on_the_request_can_be_evaluated_after_it(kind: str, receive: Connect) -> None:
+    tenant = Local()
+
+    def set_tenant(sender: Any, environ: Any, **kwargs: Any) -> None:
+        tenant.name = environ["PATH_INFO"]
+
+    def respond() -> Any:
+        translation.activate("de")
+        return StreamingHttpResponse([b"x"]) if kind == "stream" else HttpResponse(b"x")
+
+    async def respond_async(request: Any) -> Any:
+        return respond()
+
+    receive(started=set_tenant)
+    with serve(respond_async if kind == "async" else lambda request: respond(), USE_I18N=True):
+        response: Any = Client().get("/acme/")
+        assert b"".join(response) == b"x"
+        label = gettext_lazy("Yes")
+        assert (str(label), hasattr(tenant, "name")) == ("Yes", False)
+        context = response.request_context
+        assert context.run(str, label) == "Ja"
+        assert context.run(getattr, tenant, "name") == "/acme/"
+        assert (str(label), hasattr(tenant, "name")) == ("Yes", False)
 
 
 def enqueued() -> None: ...

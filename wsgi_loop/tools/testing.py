@@ -153,7 +153,8 @@ def _closing(steps: Iterator[Any], scope: _ClientScope) -> Generator[Any, None, 
 class ClientHandlerMixin:
     """Makes the handler of a test client serve each request in a scope of its own, as `wsgi_loop.WSGIHandler` does.
 
-    It takes the place of Django's `ClientHandler.__call__`. The `WSGI_LOOP` setting is read at the first request.
+    It takes the place of Django's `ClientHandler.__call__`. The `WSGI_LOOP` setting is read at the first request. A
+    response has the context of its request as `request_context`, in whose `run` a test evaluates what depends on that.
     """
 
     _options: Options | None = None
@@ -189,6 +190,7 @@ class ClientHandlerMixin:
         response = self.get_response(request)
         client.conditional_content_removal(request, response)
         response.wsgi_request = request
+        response.request_context = scope._context
         response = serve_in(response, scope)
         scope.response = weakref.ref(response)
         if response.streaming and not response.is_async:
