@@ -409,7 +409,7 @@ def test_a_lifespan_that_hangs_is_bounded_and_named(caplog: pytest.LogCaptureFix
     with serve(here_view, scope="process", lifespan=connecting, startup_timeout=0.3) as server:
         server.get()
         assert server.status == "500 Internal Server Error"
-        assert "connecting) was not entered within 0.3 s (STARTUP_TIMEOUT)" in caplog.text
+        assert "connecting) was not entered within 0.3 s (STARTUP_TIMEOUT). Bound what it waits for" in caplog.text
         eventually(lambda: ended == ["cancelled"])
         hangs.append(False)
         server.get()
@@ -418,16 +418,18 @@ def test_a_lifespan_that_hangs_is_bounded_and_named(caplog: pytest.LogCaptureFix
 
 def test_a_lifespan_that_blocks_its_thread_is_bounded_and_named(caplog: pytest.LogCaptureFixture) -> None:
     let_go = threading.Event()
+    gone_on: list[bool] = []
 
     @contextlib.asynccontextmanager
     async def blocking() -> AsyncIterator[None]:
-        let_go.wait(60)  # the line that is named
+        gone_on.append(let_go.wait(60))  # the line that is named
         yield
 
     try:
         with serve(here_view, scope="process", lifespan=blocking, startup_timeout=0.3) as server:
             server.get()
             assert server.status == "500 Internal Server Error"
+            assert not gone_on
         assert "blocking) was not entered within 0.3 s" in caplog.text
         assert "# the line that is named" in caplog.text
     finally:
