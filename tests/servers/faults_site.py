@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import gc
 import itertools
 import json
@@ -34,7 +35,7 @@ from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpRe
 from django.http.response import HttpResponseBase
 from django.urls import path
 
-from wsgi_loop import PerLoop
+from wsgi_loop import PerLoop, stats
 from wsgi_loop.resources import is_kept
 
 SITE: dict[str, Any] = json.loads(os.environ["SITE"])
@@ -460,6 +461,7 @@ def state() -> dict[str, Any]:
         "objects": len(objects),
         "counts": counts,
         "modules": len(sys.modules),
+        "stats": dataclasses.asdict(stats()),
     }
 
 

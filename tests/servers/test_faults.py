@@ -125,8 +125,12 @@ class Site:
         lines = file.read_text().splitlines() if file.exists() else []
         return [Did(event, subject, float(at)) for event, subject, at in map(str.split, lines)]
 
+    def began(self, worker: int) -> list[str]:
+        """The tokens of the requests that a worker has read."""
+        return [token_of(did.subject) for did in self.did(worker) if did.event == "began"]
+
     def served(self, worker: int) -> int:
-        return sum(did.event == "began" for did in self.did(worker))
+        return len(self.began(worker))
 
     def state(self, worker: int) -> dict[str, Any]:
         """What a worker says is alive in it. Not to be asked for while it serves requests."""
@@ -583,6 +587,8 @@ def test_faults_under_load(tmp_path: Path, database: Path, name: str) -> None:
             assert told["loops_open"] == told["loops"] == 0
         assert told["database_wrappers"] <= configuration.threads + 1
         threads = Counter(re.sub(r"[-_][\d_-]+$", "", thread) for thread in told["threads"])
+        assert (told["stats"]["loops_made"], told["stats"]["loops_open"]) == (told["loops_made"], told["loops_open"])
+        assert told["stats"]["loop_threads"] == threads["wsgi-loop"]
         assert threads.total() == told["os_threads"]
         # A request takes its loop thread along.
         assert threads.pop("wsgi-loop", 0) <= {"process": 1, "request": 0}[configuration.scope]
@@ -592,6 +598,21 @@ def test_faults_under_load(tmp_path: Path, database: Path, name: str) -> None:
         # Some versions of Python can start none at their end, so that one is started early.
         assert threads.pop("wsgi-sync-resources", 0) <= (configuration.scope == "process")
         assert threads == {}
+
+    if not configuration.hangs:  # a worker that is killed takes its numbers with it
+        counted: Counter[str] = Counter()
+        for told in report.after.values():
+            counted.update(told["stats"])
+        kinds = {sent.token: sent.kind for sent in report.sent}
+        begun = [kinds[token] for worker in report.after for token in report.watch.site.began(worker)]
+        assert counted["requests"] == sum(not kind.endswith("_sync") for kind in begun)
+        assert counted["loops_given_up"] == report.log.count("gave up its event loop")
+        # Of a request in scope "process", the call of its body's end.
+        calls = report.log.count("still ran, which is cancelled.")
+        tasks = sum(map(int, re.findall(r"ended while (\d+) of its tasks", report.log)))
+        assert counted["tasks_cut_off"] == calls + tasks
+        assert counted["tasks_cut_off"] >= (configuration.scope == "request") * 2 * begun.count("leave_tasks")
+        assert counted["background_started"] == 0
 
     for worker in report.before.keys() & report.after.keys():
         before, after = report.before[worker], report.after[worker]
