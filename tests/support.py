@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from asgiref.sync import async_to_sync, sync_to_async
@@ -196,3 +198,18 @@ def loop_threads() -> list[threading.Thread]:
     """Return the loop threads that there are since the last `leave_loop_threads_behind()`."""
     found = set(threading.enumerate()) - _threads_of_others
     return [thread for thread in found if thread.name.startswith("wsgi-loop")]
+
+
+def run_django_tests(folder: Path, settings: str, *arguments: str) -> str:
+    """Run the tests of a project in `folder` with Django's runner, warnings as errors. Returns what that has told."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "django", "test", "--settings", settings, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr

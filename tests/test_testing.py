@@ -37,7 +37,7 @@ from wsgi_loop.responses import call_after_close
 from wsgi_loop.testing import Client, LiveServerTestCase, record_loop_calls
 
 from .conftest import Connect
-from .support import Place, call_here, call_here_nested, eventually, here, in_thread, serve, stock
+from .support import Place, call_here, call_here_nested, eventually, here, in_thread, run_django_tests, serve, stock
 
 ROOT = Path(__file__).parents[1]
 #: Given to the runs of pytest, unless the environment's wsgi-loop has it for an entry point.
@@ -879,17 +879,7 @@ def test_the_page_of_the_documentation(tmp_path: Path) -> None:
     assert f"{tests} passed" in output, output
     (printed,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert without_times(printed) in without_times(output)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "django", "test", "--settings", "mysite.settings"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "OK" in done.stderr
+    assert "OK" in run_django_tests(tmp_path, "mysite.settings")
 
 
 def test_the_plugin_imports_django_only_when_a_fixture_is_used(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
-from .bridge.executor import Executor, current_executor, enclosing_executor
+from .bridge.executor import Executor, enclosing_executor
 from .calls import NoLoop, RequestTask, name_of
 from .counters import counters
 from .loops import Door, LoopFactory, RunningLoop
@@ -30,6 +30,12 @@ logger = logging.getLogger("wsgi_loop")
 
 #: Seconds for what is to happen at once, on a busy machine.
 _MOMENT = 1.0
+
+
+def _executor_of(task: asyncio.Task[Any]) -> Executor | None:
+    """Return the executor of the request's loop call that a task belongs to, if there is one."""
+    context = context_of(task)
+    return None if context is None else enclosing_executor(context)
 
 
 class ProcessLoop(RunningLoop):
@@ -300,8 +306,7 @@ class ProcessLoop(RunningLoop):
             return f"{self.owner}: a callback"
         owner = next((found.owner for found in self._request_tasks.copy() if task in found.running()), None)
         if owner is None:
-            context = context_of(task)
-            executor = None if context is None else enclosing_executor(context)
+            executor = _executor_of(task)
             owner = self.owner if executor is None else executor.owner
         return f"{owner}: {self._describe(task)}"
 
@@ -337,18 +342,18 @@ class ProcessLoop(RunningLoop):
         end = time.monotonic() + self.timeout
         while True:
             now = time.monotonic()
-            until = {task: self._may_run_until(task, end) for task in self._unended()}
-            tasks = {task for task, time_out in until.items() if time_out > now}
-            if not tasks:
+            until = {task: at for task in self._unended() if (at := self._may_run_until(task, end)) > now}
+            if not until:
                 return
-            await asyncio.wait(tasks, timeout=min(map(until.__getitem__, tasks)) - now)
+            await asyncio.wait(until, timeout=min(until.values()) - now)
             await self._settle_tasks()
 
     def _may_run_until(self, task: asyncio.Task[Any], end: float) -> float:
         """Return when a task will have had `timeout` seconds from its request's end on, at most `end`."""
-        context = None if task in self._descriptions else context_of(task)
-        executor = None if context is None else current_executor(context)
-        return end if executor is None or not executor.over else min(executor.over_since + self.timeout, end)
+        executor = None if task in self._descriptions else _executor_of(task)
+        if executor is None or not executor.bottom.over:
+            return end
+        return min(executor.bottom.over_since + self.timeout, end)
 
     async def _release(self, deadline: float) -> None:
         self.threads.shutdown()

@@ -66,6 +66,20 @@ def count_postgres_connections(connection: psycopg.Connection[Any], name: str) -
     return int(row[0])
 
 
+def django_database(url: str, **more: Any) -> dict[str, Any]:
+    """Return Django's settings of a database of PostgreSQL, with what else is given."""
+    parts = urlsplit(url)
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": parts.path[1:],
+        "USER": parts.username or "",
+        "PASSWORD": parts.password or "",
+        "HOST": parts.hostname or "",
+        "PORT": str(parts.port or ""),
+        **more,
+    }
+
+
 @contextmanager
 def made_database(connection: psycopg.Connection[Any]) -> Iterator[str]:
     """The URL of a new database, of which PostgreSQL's statistics are nobody else's."""

@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -19,7 +18,7 @@ from django.http import HttpResponse
 from wsgi_loop import create_background_task, process
 
 from ..support import eventually, serve
-from .support import count_postgres_connections, made_database
+from .support import count_postgres_connections, django_database, made_database
 
 NAME = "wsgi-loop-tests-background"
 TASKS = 8
@@ -29,17 +28,7 @@ TASKS = 8
 def database(postgres_server: psycopg.Connection[Any]) -> Iterator[str]:
     """The alias of a database with one table."""
     with made_database(postgres_server) as url:
-        parts = urlsplit(url)
-        options = {
-            "ENGINE": "django.db.backends.postgresql",
-            "NAME": parts.path[1:],
-            "USER": parts.username or "",
-            "PASSWORD": parts.password or "",
-            "HOST": parts.hostname or "",
-            "PORT": str(parts.port or ""),
-            "OPTIONS": {"application_name": NAME},
-            "CONN_MAX_AGE": None,
-        }
+        options = django_database(url, OPTIONS={"application_name": NAME}, CONN_MAX_AGE=None)
         default = connections.settings["default"]
         connections.settings["postgres"] = ConnectionHandler({"default": default, "postgres": options}).settings[
             "postgres"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +13,8 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from .support import made_database
+from ..support import run_django_tests
+from .support import django_database, made_database
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,17 +120,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         return
     server = request.getfixturevalue("postgres_server")
     with made_database(server) as url:
-        parts = urlsplit(url)
         # The test database is this one itself, which Django then neither makes nor drops.
-        settings = {
-            "ENGINE": "django.db.backends.postgresql",
-            "NAME": parts.path[1:],
-            "USER": parts.username or "",
-            "PASSWORD": parts.password or "",
-            "HOST": parts.hostname or "",
-            "PORT": str(parts.port or ""),
-            "TEST": {"NAME": parts.path[1:]},
-        }
+        settings = django_database(url, TEST={"NAME": urlsplit(url).path[1:]})
 
         def count() -> int:
             with psycopg.connect(url) as connection:
@@ -162,19 +151,6 @@ def test_test_cases_with_background_tasks(
         f"ROOT_URLCONF = 'mysite.more_urls'\nDATABASES = {{'default': {settings!r}}}\n"
         f"WSGI_LOOP = {{'SCOPE': {scope!r}}}\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "django", "test", "--keepdb", "-p", "tests_of_tasks.py"],
-        cwd=tmp_path,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
-            "DJANGO_SETTINGS_MODULE": "mysite.more_settings",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Ran 6 tests" in done.stderr
+    told = run_django_tests(tmp_path, "mysite.more_settings", "--keepdb", "-p", "tests_of_tasks.py")
+    assert "Ran 6 tests" in told
     assert count() == 0
