@@ -641,7 +641,7 @@ def test_a_dropped_response_ends_its_loop_thread(new_process_loop: None) -> None
         return FileResponse(io.BytesIO(b"x"))
 
     with serve(view, scope="request") as server:
-        for _ in range(25):
+        for _ in range(10):
             # Django's response and the file that closes it hold each other, so the collector closes it.
             server.open(**{"wsgi.file_wrapper": FileWrapper})
             assert len(loop_threads()) == 1

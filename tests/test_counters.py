@@ -109,6 +109,8 @@ def test_background_tasks(grown: Any) -> None:
         future.result(30)
     eventually(lambda: "background_in_flight" not in grown())
     last = create_background_task(asyncio.sleep(60), name="last")
+    assert process._loop is not None
+    process._loop.timeout = 0.1
     threading.Thread(target=process.shut_down).start()
     with contextlib.suppress(CancelledError):
         last.result(60)
