@@ -19,6 +19,8 @@ from benchmarks.workloads import WORKLOADS
 
 from .support import eventually
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 
 
