@@ -339,8 +339,12 @@ class RequestCalls:
             else:
                 running.hand_over(call, task)
             if call.is_done or executor.serve_until(call, timeout):
-                if call.before and call.context and not are_same(call.before, call.context):
-                    call.bring_back()
+                if call.before and call.context:
+                    # Held here: a finalizer's loop call may change the context, and CPython 3.11 has the collector run
+                    # before an iterator owns what it goes through.
+                    call.context = call.context.copy()
+                    if not are_same(call.before, call.context):
+                        call.bring_back()
                 if is_outermost:
                     self._seen = contextvars.copy_context()
             return call
